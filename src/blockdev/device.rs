@@ -1,0 +1,79 @@
+//! The contract between front ends and devices.
+//!
+//! Front ends check nothing of a device's inside and devices nothing of the wire; both rely on what
+//! is written here. [`Checked`] asserts it at the boundary in tests and debug builds.
+
+use std::future::Future;
+
+use crate::{
+    error::Result,
+    io::{Buf, Io},
+};
+
+/// What a front end tells its clients of a device.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Info {
+    /// Bytes; a multiple of 512. A device may grow, it never shrinks.
+    pub size: u64,
+    /// Writes, discards and zeroings fail with `ReadOnly`.
+    pub read_only: bool,
+    /// The disk below turns: clients may prefer sequential access.
+    pub rotational: bool,
+}
+
+/// What a write-zeroes request wants of the space below.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Provision {
+    /// The space may be given back.
+    Release,
+    /// The space stays allocated: later writes there do not run out of it.
+    Keep,
+}
+
+/// A run of one kind of content, as `base:allocation` tells it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Extent {
+    /// Bytes; never 0.
+    pub len: u64,
+    /// No space is allocated for it in this device or the image below.
+    pub hole: bool,
+    /// It reads as zeros.
+    pub zero: bool,
+}
+
+/// A block device. Ranges lie within `info().size`; lengths are not 0; no alignment is asked for.
+///
+/// Completed writes are visible to every later read. They are durable once a flush that began
+/// after their completion has ended, whichever thread or connection either came from.
+pub trait Device<I: Io>: 'static {
+    /// Size and kind, as of now.
+    fn info(&self) -> Info;
+
+    /// Fills all of `buf` from `offset`.
+    fn read(&self, io: &I, offset: u64, buf: Buf) -> impl Future<Output = Result<()>>;
+
+    /// Writes all of `buf` at `offset`. On an error the range holds old and new sectors.
+    fn write(&self, io: &I, offset: u64, buf: Buf) -> impl Future<Output = Result<()>>;
+
+    /// Makes every write that completed before this call durable.
+    fn flush(&self, io: &I) -> impl Future<Output = Result<()>>;
+
+    /// Says that the range's content is no longer needed; afterwards it reads as before or as zeros.
+    fn discard(&self, io: &I, offset: u64, len: u64) -> impl Future<Output = Result<()>>;
+
+    /// Makes the range read as zeros.
+    fn write_zeroes(
+        &self,
+        io: &I,
+        offset: u64,
+        len: u64,
+        provision: Provision,
+    ) -> impl Future<Output = Result<()>>;
+
+    /// Brings the range into the page cache where that speeds up later reads.
+    fn prefetch(&self, io: &I, offset: u64, len: u64) -> impl Future<Output = Result<()>>;
+
+    /// Appends to `extents` what lies in the range, in order, neighbours merged, until the range or
+    /// `limit` extents are covered; at least one. Pure: no I/O.
+    fn extents(&self, offset: u64, len: u64, limit: usize, extents: &mut Vec<Extent>);
+}

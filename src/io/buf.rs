@@ -1,0 +1,274 @@
+//! Aligned memory that the kernel reads and writes while nobody looks.
+//!
+//! A [`Buf`] is a window on a slot of memory; windows may be split and cloned, and the slot returns
+//! to its [`Pool`] with the last of them. An operation in flight holds a window, so memory that the
+//! kernel may still touch is never given back. Content is reached by copying only: no reference
+//! into a slot exists, hence none can be invalidated by the kernel's writes.
+//!
+//! Buffers belong to the thread that made them.
+
+use std::{
+    alloc::{self, Layout},
+    cell::RefCell,
+    fmt,
+    ops::Range,
+    ptr::NonNull,
+    rc::{Rc, Weak},
+};
+
+use crate::units::BLOCK;
+
+/// Alignment of every slot, in bytes: enough for direct I/O on any device.
+const ALIGN: usize = BLOCK as usize;
+
+/// The slots a pool keeps: (bytes of one, how many). 12 MiB in all.
+const CLASSES: [(usize, usize); 4] =
+    [(4 << 10, 256), (16 << 10, 64), (64 << 10, 32), (256 << 10, 32)];
+
+struct Slot {
+    ptr: NonNull<u8>,
+    len: usize,
+    /// Where the slot belongs; `None` for memory of its own, freed with the slot.
+    home: Option<(Weak<Shared>, usize)>,
+    /// Whether the memory lies in the region registered with the thread's ring.
+    registered: bool,
+}
+
+impl Drop for Slot {
+    fn drop(&mut self) {
+        if self.home.is_none() {
+            // SAFETY: a slot without a home owns memory that `heap` allocated with this layout.
+            unsafe { alloc::dealloc(self.ptr.as_ptr(), layout(self.len)) };
+        }
+    }
+}
+
+fn layout(len: usize) -> Layout {
+    Layout::from_size_align(len.max(1), ALIGN).expect("buffer lengths are bounded by the callers")
+}
+
+/// A window on aligned memory, cheap to clone and to split.
+#[derive(Clone)]
+pub struct Buf {
+    slot: Rc<Slot>,
+    start: usize,
+    len: usize,
+}
+
+impl Buf {
+    /// Memory of its own, zeroed, outside any pool.
+    pub fn heap(len: usize) -> Buf {
+        // SAFETY: the layout has a size of at least 1.
+        let ptr = unsafe { alloc::alloc_zeroed(layout(len)) };
+        let Some(ptr) = NonNull::new(ptr) else { alloc::handle_alloc_error(layout(len)) };
+        Buf { slot: Rc::new(Slot { ptr, len, home: None, registered: false }), start: 0, len }
+    }
+
+    /// Memory of its own that holds a copy of `bytes`.
+    pub fn from_bytes(bytes: &[u8]) -> Buf {
+        let buf = Buf::heap(bytes.len());
+        buf.copy_from(bytes);
+        buf
+    }
+
+    /// Bytes in the window.
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
+    /// Whether the window is empty.
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    /// A window on `range` of this one.
+    ///
+    /// # Panics
+    /// If the range does not lie within this window.
+    #[must_use]
+    pub fn slice(&self, range: Range<usize>) -> Buf {
+        assert!(range.start <= range.end && range.end <= self.len, "window within its buffer");
+        Buf { slot: self.slot.clone(), start: self.start + range.start, len: range.len() }
+    }
+
+    /// The first byte's address. Whoever hands it to the kernel keeps a clone of the window until
+    /// the kernel is done.
+    pub fn as_ptr(&self) -> *mut u8 {
+        // SAFETY: `start` lies within the slot, by construction.
+        unsafe { self.slot.ptr.as_ptr().add(self.start) }
+    }
+
+    /// Whether the memory is part of the region registered with this thread's ring.
+    pub fn is_registered(&self) -> bool {
+        self.slot.registered
+    }
+
+    /// Copies `bytes` to the start of the window.
+    ///
+    /// # Panics
+    /// If the window is shorter.
+    pub fn copy_from(&self, bytes: &[u8]) {
+        assert!(bytes.len() <= self.len, "bytes fit the buffer");
+        // SAFETY: the window is valid for its length, and nobody holds a reference into it.
+        unsafe { self.as_ptr().copy_from(bytes.as_ptr(), bytes.len()) };
+    }
+
+    /// Copies the first `bytes.len()` bytes of the window out.
+    ///
+    /// # Panics
+    /// If the window is shorter.
+    pub fn copy_to(&self, bytes: &mut [u8]) {
+        assert!(bytes.len() <= self.len, "bytes lie in the buffer");
+        // SAFETY: the window is valid for its length, and nobody holds a reference into it.
+        unsafe { bytes.as_mut_ptr().copy_from(self.as_ptr(), bytes.len()) };
+    }
+
+    /// Copies all of `other` to the start of this window; the two may overlap.
+    ///
+    /// # Panics
+    /// If this window is shorter.
+    pub fn copy_from_buf(&self, other: &Buf) {
+        assert!(other.len <= self.len, "bytes fit the buffer");
+        // SAFETY: both windows are valid for `other.len` bytes; `copy` allows overlap.
+        unsafe { self.as_ptr().copy_from(other.as_ptr(), other.len) };
+    }
+
+    /// Sets every byte of the window.
+    pub fn fill(&self, byte: u8) {
+        // SAFETY: the window is valid for its length, and nobody holds a reference into it.
+        unsafe { self.as_ptr().write_bytes(byte, self.len) };
+    }
+
+    /// The window's content.
+    pub fn to_vec(&self) -> Vec<u8> {
+        let mut bytes = vec![0; self.len];
+        self.copy_to(&mut bytes);
+        bytes
+    }
+}
+
+impl Drop for Buf {
+    fn drop(&mut self) {
+        // The pool keeps one clone of each of its slots: two left means that this is the last window.
+        if let Some((home, index)) = &self.slot.home
+            && Rc::strong_count(&self.slot) == 2
+            && let Some(pool) = home.upgrade()
+        {
+            let class = pool.class_of(*index);
+            pool.free.borrow_mut()[class].push(*index);
+        }
+    }
+}
+
+impl fmt::Debug for Buf {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Buf({} bytes)", self.len)
+    }
+}
+
+/// A thread's buffers: a few classes of slots in one region, and the heap past them.
+#[derive(Clone)]
+pub struct Pool(Rc<Shared>);
+
+struct Shared {
+    region: NonNull<u8>,
+    len: usize,
+    registered: bool,
+    slots: RefCell<Vec<Rc<Slot>>>,
+    free: RefCell<[Vec<usize>; CLASSES.len()]>,
+}
+
+impl Shared {
+    fn class_of(&self, index: usize) -> usize {
+        let mut first = 0;
+        for (class, (_, count)) in CLASSES.iter().enumerate() {
+            first += count;
+            if index < first {
+                return class;
+            }
+        }
+        unreachable!("slots are numbered by class")
+    }
+}
+
+impl Drop for Shared {
+    fn drop(&mut self) {
+        // SAFETY: the region was allocated with this layout. No window outlives the pool: windows
+        // hold slots, and the ring that owns the pool waits for its operations before it ends.
+        unsafe { alloc::dealloc(self.region.as_ptr(), layout(self.len)) };
+    }
+}
+
+impl Pool {
+    /// Allocates the region and hands it to `register`, which tells whether the ring knows it now.
+    pub fn new(register: impl FnOnce(*mut u8, usize) -> bool) -> Pool {
+        let len = CLASSES.iter().map(|(bytes, count)| bytes * count).sum();
+        // SAFETY: the layout's size is not 0.
+        let region = unsafe { alloc::alloc_zeroed(layout(len)) };
+        let Some(region) = NonNull::new(region) else { alloc::handle_alloc_error(layout(len)) };
+        let shared = Rc::new(Shared {
+            region,
+            len,
+            registered: register(region.as_ptr(), len),
+            slots: RefCell::default(),
+            free: RefCell::default(),
+        });
+        let mut offset = 0;
+        for (class, (bytes, count)) in CLASSES.into_iter().enumerate() {
+            for _ in 0..count {
+                let index = shared.slots.borrow().len();
+                // SAFETY: the classes add up to the region's length.
+                let ptr = unsafe { region.add(offset) };
+                let home = Some((Rc::downgrade(&shared), index));
+                let registered = shared.registered;
+                shared.slots.borrow_mut().push(Rc::new(Slot { ptr, len: bytes, home, registered }));
+                shared.free.borrow_mut()[class].push(index);
+                offset += bytes;
+            }
+        }
+        Pool(shared)
+    }
+
+    /// A buffer of `len` bytes, of arbitrary content: a slot, or the heap's when none is free.
+    pub fn alloc(&self, len: usize) -> Buf {
+        let mut free = self.0.free.borrow_mut();
+        for (class, (bytes, _)) in CLASSES.iter().enumerate() {
+            if len <= *bytes
+                && let Some(index) = free[class].pop()
+            {
+                return Buf { slot: self.0.slots.borrow()[index].clone(), start: 0, len };
+            }
+        }
+        drop(free);
+        Buf::heap(len)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn slots_return_with_their_last_window() {
+        let pool = Pool::new(|_, _| false);
+        let all: Vec<Buf> = (0..32).map(|_| pool.alloc(256 << 10)).collect();
+        assert!(all.iter().all(|buf| buf.slot.home.is_some()));
+        assert!(pool.alloc(256 << 10).slot.home.is_none(), "past the last slot comes the heap");
+        let window = all[0].slice(100..200);
+        drop(all);
+        let most: Vec<Buf> = (0..31).map(|_| pool.alloc(200 << 10)).collect();
+        assert!(pool.alloc(200 << 10).slot.home.is_none(), "a window holds its slot");
+        drop(window);
+        assert!(pool.alloc(200 << 10).slot.home.is_some());
+        drop(most);
+    }
+
+    #[test]
+    fn windows_see_one_memory() {
+        let buf = Buf::from_bytes(b"0123456789");
+        let window = buf.slice(2..6);
+        window.fill(b'x');
+        buf.slice(6..10).copy_from_buf(&window);
+        assert_eq!(buf.to_vec(), b"01xxxxxxxx");
+    }
+}

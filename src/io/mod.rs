@@ -1,0 +1,57 @@
+//! The seam to the kernel: the block core does its I/O through [`Io`], and nothing else.
+//!
+//! Two implementations: `ring` on io_uring, which serves guests, and `sim`, a
+//! simulated disk with seeded faults and crashes. The same core runs on both: that is how crash
+//! safety is proved.
+
+pub mod buf;
+pub mod ring;
+pub mod sim;
+
+pub use buf::Buf;
+
+use std::{future::Future, io::Result, ops::Range};
+
+/// Operations on open files, awaited on the thread that asked.
+///
+/// Every future runs to its end: dropping one that was polled leaves its operation under way, and
+/// the buffer's memory stays reserved until the kernel has let go of it.
+pub trait Io: Clone + 'static {
+    /// An open file. Cheap to clone; the file closes with the last clone.
+    type File: Clone + 'static;
+
+    /// A buffer of `len` bytes, aligned to 4096, of arbitrary content.
+    fn alloc(&self, len: usize) -> Buf;
+
+    /// The file's alignment of offsets, lengths and memory, in bytes: 1 for a buffered file, the
+    /// device's logical block (512 or 4096) for a direct one.
+    fn align(&self, file: &Self::File) -> u64;
+
+    /// Fills all of `buf` from `offset`; what lies past the end of the file reads as zeros.
+    fn read(&self, file: &Self::File, buf: Buf, offset: u64) -> impl Future<Output = Result<()>>;
+
+    /// Writes all of `buf` at `offset`, growing the file if need be. Not durable before [`Io::sync`].
+    /// An error leaves any mixture of old and new sectors in the range.
+    fn write(&self, file: &Self::File, buf: Buf, offset: u64) -> impl Future<Output = Result<()>>;
+
+    /// Makes every write, punch and zeroing that completed before this call durable (fdatasync).
+    /// After an error nothing may be assumed of what was not synced before, now or later.
+    fn sync(&self, file: &Self::File) -> impl Future<Output = Result<()>>;
+
+    /// Makes the range read as zeros and gives its space back. Neither durable nor atomic.
+    fn punch(&self, file: &Self::File, range: Range<u64>) -> impl Future<Output = Result<()>>;
+
+    /// Makes the range read as zeros and keeps its space allocated. Neither durable nor atomic.
+    fn zero(&self, file: &Self::File, range: Range<u64>) -> impl Future<Output = Result<()>>;
+
+    /// Sets the file's length in bytes. Durable with the next sync.
+    fn set_len(&self, file: &Self::File, len: u64) -> impl Future<Output = Result<()>>;
+
+    /// The next range at or after `offset` that may hold anything but zeros; `None` when the rest
+    /// of the file is a hole. A hint for skipping holes that are known to read as zeros.
+    fn data_after(
+        &self,
+        file: &Self::File,
+        offset: u64,
+    ) -> impl Future<Output = Result<Option<Range<u64>>>>;
+}

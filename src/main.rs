@@ -1,0 +1,2 @@
+//! The `underlay` program.
+fn main() {}
