@@ -21,14 +21,7 @@ pub struct Info {
     pub rotational: bool,
 }
 
-/// What a write-zeroes request wants of the space below.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Provision {
-    /// The space may be given back.
-    Release,
-    /// The space stays allocated: later writes there do not run out of it.
-    Keep,
-}
+pub use crate::cow::Provision;
 
 /// A run of one kind of content, as `base:allocation` tells it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
