@@ -46,6 +46,9 @@ fn string(text: &str) -> Vec<u8> {
     [&(text.len() as u32).to_be_bytes(), text.as_bytes()].concat()
 }
 
+/// A reply to an option: the option, the reply's type, its payload.
+type Reply = (u32, u32, Vec<u8>);
+
 /// What a server made of its input.
 #[derive(Debug, PartialEq, Eq)]
 struct Told {
@@ -57,9 +60,8 @@ struct Told {
 }
 
 impl Told {
-    /// Everything after the greeting: replies as (option, type, payload), and what is none: the
-    /// answer to EXPORT_NAME.
-    fn parse(&self) -> (Vec<(u32, u32, Vec<u8>)>, &[u8]) {
+    /// Everything after the greeting: replies, and what is none: the answer to EXPORT_NAME.
+    fn parse(&self) -> (Vec<Reply>, &[u8]) {
         let mut rest = &self.output[18..];
         let mut replies = vec![];
         while rest.starts_with(&[0, 3, 0xe8, 0x89, 4, 0x55, 0x65, 0xa9]) {
@@ -71,7 +73,7 @@ impl Told {
         (replies, rest)
     }
 
-    fn replies(&self) -> Vec<(u32, u32, Vec<u8>)> {
+    fn replies(&self) -> Vec<Reply> {
         let (replies, rest) = self.parse();
         assert!(rest.is_empty(), "{rest:?} after the replies");
         replies
