@@ -328,35 +328,17 @@ pub fn status_chunk(
     let start = output.len();
     output.extend([0; CHUNK_HEADER]);
     output.extend(context.to_be_bytes());
-    let payload = output.len();
-    let mut rest = length;
-    let mut last: Option<(u64, u32)> = None;
-    for extent in extents {
-        let state =
-            if extent.hole { state::HOLE } else { 0 } | if extent.zero { state::ZERO } else { 0 };
-        let len = extent.len.min(rest);
-        if len == 0 {
+    for (len, state) in runs(extents, length).take(limit) {
+        // A run too long for 32 bits is cut to a multiple of 4096, and nothing can follow it.
+        let told = u32::try_from(len).unwrap_or(u32::MAX - (PREFERRED_BLOCK - 1));
+        output.extend(told.to_be_bytes());
+        output.extend(state.to_be_bytes());
+        if u64::from(told) != len {
             break;
         }
-        match &mut last {
-            Some((run, same)) if *same == state => *run += len,
-            _ => {
-                let full = last.is_some_and(|run| !descriptor(run, output))
-                    || (output.len() - payload) / 8 + 1 > limit;
-                if full {
-                    last = None;
-                    break;
-                }
-                last = Some((len, state));
-            }
-        }
-        rest -= len;
     }
-    if let Some(run) = last {
-        descriptor(run, output);
-    }
-    debug_assert!(output.len() > payload, "a status without a descriptor");
     let len = (output.len() - start - CHUNK_HEADER) as u32;
+    debug_assert!(len > 4, "a status without a descriptor");
     output[start..start + CHUNK_HEADER].copy_from_slice(&chunk_header(
         cookie,
         Place::Last,
@@ -365,13 +347,26 @@ pub fn status_chunk(
     ));
 }
 
-/// Appends one descriptor; false if the run was too long for its 32 bits, so that nothing may follow.
-fn descriptor((len, state): (u64, u32), output: &mut Vec<u8>) -> bool {
-    // Cut runs stay multiples of 4096, as descriptors should where they can.
-    let told = u32::try_from(len).unwrap_or(u32::MAX - (PREFERRED_BLOCK - 1));
-    output.extend(told.to_be_bytes());
-    output.extend(state.to_be_bytes());
-    u64::from(told) == len
+/// The first `length` bytes of `extents` as (bytes, state), neighbours of one state merged.
+fn runs(extents: &[Extent], length: u64) -> impl Iterator<Item = (u64, u32)> {
+    let mut rest = length;
+    let mut clipped = extents
+        .iter()
+        .map_while(move |extent| {
+            let len = extent.len.min(rest);
+            rest -= len;
+            let hole = if extent.hole { state::HOLE } else { 0 };
+            let zero = if extent.zero { state::ZERO } else { 0 };
+            (len > 0).then_some((len, hole | zero))
+        })
+        .peekable();
+    std::iter::from_fn(move || {
+        let (mut len, state) = clipped.next()?;
+        while let Some((more, _)) = clipped.next_if(|(_, same)| *same == state) {
+            len += more;
+        }
+        Some((len, state))
+    })
 }
 
 fn chunk_header(cookie: u64, place: Place, kind: u16, len: u32) -> [u8; CHUNK_HEADER] {
