@@ -7,12 +7,17 @@ mod apt;
 mod daemon;
 mod guest;
 mod image;
+mod kill;
 mod lab;
+mod nbd;
+mod pattern;
 mod place;
 mod report;
 mod setup;
 mod subject;
 mod tool;
+
+use std::process::ExitCode;
 
 use anyhow::Result;
 use clap::{Parser, Subcommand};
@@ -39,10 +44,28 @@ enum Chore {
         #[arg(long, value_enum, default_value = "underlay")]
         against: Against,
     },
+    /// kill -9 in the midst of writes, ten times in a row
+    Kill {
+        /// What to point the rig at; anything but underlay proves the rig itself
+        #[arg(long, value_enum, default_value = "underlay")]
+        against: Against,
+        /// The seed of what is written and when it is killed
+        #[arg(long, default_value_t = 1)]
+        seed: u64,
+    },
 }
 
-fn main() -> Result<()> {
-    let args = Args::parse();
+fn main() -> ExitCode {
+    match run(Args::parse()) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("xtask: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(args: Args) -> Result<()> {
     lab::heed_signals()?;
     let lab = Lab::open()?;
     let mut report = Report::default();
@@ -50,6 +73,7 @@ fn main() -> Result<()> {
     match args.chore {
         Chore::Setup => {}
         Chore::Guest { against } => guest::run(&lab, against, &mut report),
+        Chore::Kill { against, seed } => kill::run(&lab, against, seed, &mut report),
     }
     drop(lab);
     report.close()

@@ -2,7 +2,8 @@
 //!
 //! The stand-in serves the same exports under the same names: `image/NAME` from the qcow2 itself,
 //! `replica/NAME` from a qcow2 overlay on it. A rig must pass against it. With [`Against::Careless`]
-//! it acknowledges flushes that it never does: a rig that tests durability must fail then.
+//! its replicas are nbdkit's with a cache that keeps writes to itself and acknowledges flushes that
+//! it never does: a rig that tests durability must fail then.
 
 use std::fs;
 use std::os::unix::net::UnixStream;
@@ -25,7 +26,7 @@ pub enum Against {
     Underlay,
     /// qemu-nbd on qcow2 overlays: proves that the rigs accept what is right.
     QemuNbd,
-    /// The same, ignoring flushes: proves that the rigs notice what is wrong.
+    /// Replicas on nbdkit, which ignores flushes: proves that the rigs notice what is wrong.
     Careless,
 }
 
@@ -46,7 +47,7 @@ impl Subject {
         disks: &[(&str, &Path)],
     ) -> Result<Subject> {
         if against != Against::Underlay {
-            setup::need(&["qemu-nbd", "qemu-img"])?;
+            setup::need(&["qemu-nbd", "qemu-img", "nbdkit"])?;
             let disks = disks.iter().map(|(name, path)| (name.to_string(), path.to_path_buf()));
             let sockets = lab.socket("");
             return Ok(Subject::StandIn(StandIn {
@@ -175,6 +176,10 @@ impl StandIn {
     fn replica(&mut self, name: &str, disk: &str) -> Result<()> {
         let base = self.image.clone().ok_or_else(|| anyhow!("no image was imported"))?;
         let file = self.disk(disk)?.join(format!("{name}.qcow2"));
+        if self.careless {
+            tool("qemu-img", ["convert", "-O", "raw"]).args([&base, &file]).run()?;
+            return self.add(format!("replica/{name}"), file);
+        }
         tool("qemu-img", ["create", "-q", "-f", "qcow2", "-F", "qcow2", "-b"])
             .args([&base, &file])
             .run()?;
@@ -198,13 +203,16 @@ impl StandIn {
     fn serve(&self, name: &str, file: &Path) -> Result<Process> {
         let socket = self.socket(name);
         let _ = fs::remove_file(&socket);
-        let cache = if self.careless { "--cache=unsafe" } else { "--cache=writeback" };
-        let mut server = tool("qemu-nbd", ["-t", "-f", "qcow2", "-e", "64", "-x", name, cache])
-            .args(["--discard=unmap", "-k"])
-            .args([&socket]);
-        if name.starts_with("image/") {
-            server = server.args(["-r"]);
-        }
+        let replica = name.starts_with("replica/");
+        let server = if self.careless && replica {
+            tool("nbdkit", ["-f", "--filter=cache", "-e", name, "-U"])
+                .args([&socket])
+                .args(["file", "cache=unsafe"])
+        } else {
+            tool("qemu-nbd", ["-t", "-f", "qcow2", "-e", "64", "-x", name, "--discard=unmap"])
+                .args(if replica { &["-k"][..] } else { &["-r", "-k"] })
+                .args([&socket])
+        };
         let mut process = server.args([file]).background(&self.log)?;
         process.until(Duration::from_secs(20), || UnixStream::connect(&socket).is_ok())?;
         Ok(process)
