@@ -128,7 +128,7 @@ fn boot(uri: &str, kernel: &Kernel, dir: &Path) -> Result<String> {
         .args(["-drive", &format!("file={uri},format=raw,if=virtio")])
         .limit(BOOT)
         .out()?;
-    fs::write(dir.join("console"), &console)?;
+    fs::write(dir.join("guest.console"), &console)?;
     // The firmware's control characters may stand before the guest's first words.
     match console.split_once("GUEST-WROTE ") {
         Some((_, rest)) if console.contains("GUEST-OK") => {

@@ -102,6 +102,7 @@ fn sweep() -> Result<()> {
         tool("losetup", ["-d", &device]).run()?;
     }
     if run.exists() {
+        keep_logs(&run)?;
         fs::remove_dir_all(&run).with_context(|| format!("removing {}", run.display()))?;
     }
     for entry in fs::read_dir(std::env::temp_dir())?.flatten() {
@@ -111,6 +112,24 @@ fn sweep() -> Result<()> {
             && (id == std::process::id() || !Path::new(&format!("/proc/{id}")).exists())
         {
             let _ = fs::remove_dir_all(entry.path());
+        }
+    }
+    Ok(())
+}
+
+/// Copies the logs of the run to `target/rig/logs`, where they stay until the next run.
+fn keep_logs(run: &Path) -> Result<()> {
+    let logs = place::target().join("rig/logs");
+    let _ = fs::remove_dir_all(&logs);
+    fs::create_dir_all(&logs).with_context(|| format!("creating {}", logs.display()))?;
+    for rig in fs::read_dir(run)?.flatten() {
+        let Ok(files) = fs::read_dir(rig.path()) else { continue };
+        for file in files.flatten().map(|entry| entry.path()) {
+            if file.extension().is_some_and(|end| end == "log" || end == "console") {
+                let name = file.file_name().unwrap_or_default().to_string_lossy();
+                let name = format!("{}-{name}", rig.file_name().to_string_lossy());
+                fs::copy(&file, logs.join(name))?;
+            }
         }
     }
     Ok(())

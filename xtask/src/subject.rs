@@ -205,9 +205,9 @@ impl StandIn {
         let _ = fs::remove_file(&socket);
         let replica = name.starts_with("replica/");
         let server = if self.careless && replica {
-            tool("nbdkit", ["-f", "--filter=cache", "-e", name, "-U"])
+            tool("nbdkit", ["-f", "--filter=fua", "--filter=cache", "-e", name, "-U"])
                 .args([&socket])
-                .args(["file", "cache=unsafe"])
+                .args(["file", "cache=unsafe", "fuamode=emulate"])
         } else {
             tool("qemu-nbd", ["-t", "-f", "qcow2", "-e", "64", "-x", name, "--discard=unmap"])
                 .args(if replica { &["-k"][..] } else { &["-r", "-k"] })
