@@ -4,6 +4,7 @@
 //! install what they need, and tell loudly what they had to skip.
 
 mod apt;
+mod clients;
 mod daemon;
 mod guest;
 mod image;
@@ -44,6 +45,15 @@ enum Chore {
         #[arg(long, value_enum, default_value = "underlay")]
         against: Against,
     },
+    /// Outside clients against a reference file: qemu's, libnbd's, fio, a kernel file system
+    Clients {
+        /// What to point the rig at; anything but underlay proves the rig itself
+        #[arg(long, value_enum, default_value = "underlay")]
+        against: Against,
+        /// The seed of what is written
+        #[arg(long, default_value_t = 1)]
+        seed: u64,
+    },
     /// kill -9 in the midst of writes, ten times in a row
     Kill {
         /// What to point the rig at; anything but underlay proves the rig itself
@@ -73,6 +83,7 @@ fn run(args: Args) -> Result<()> {
     match args.chore {
         Chore::Setup => {}
         Chore::Guest { against } => guest::run(&lab, against, &mut report),
+        Chore::Clients { against, seed } => clients::run(&lab, against, seed, &mut report),
         Chore::Kill { against, seed } => kill::run(&lab, against, seed, &mut report),
     }
     drop(lab);

@@ -28,7 +28,7 @@ use crate::{place, report};
 /// How long a program may take unless [`Tool::limit`] says otherwise.
 const LIMIT: Duration = Duration::from_secs(120);
 /// How much of a program's output an error repeats, in bytes.
-const SAID: usize = 1500;
+const SAID: usize = 800;
 
 /// A program about to be run.
 pub struct Tool {
@@ -201,7 +201,9 @@ impl Tool {
         let mut line = self.command.get_program().to_string_lossy().into_owned();
         for arg in self.command.get_args() {
             line.push(' ');
-            line.extend(arg.to_string_lossy().chars().take(160));
+            let arg = arg.to_string_lossy();
+            // A script is known by its first line, a long name by its head.
+            line.extend(arg.trim().lines().next().unwrap_or_default().chars().take(160));
         }
         line.chars().take(600).collect()
     }
@@ -396,8 +398,10 @@ fn code(status: ExitStatus) -> i32 {
     status.code().unwrap_or_else(|| 128 + status.signal().unwrap_or(0))
 }
 
+/// The end of what a program said, on one line.
 fn tail(text: &str) -> String {
-    let text = text.trim();
+    let lines: Vec<_> = text.lines().map(str::trim).filter(|line| !line.is_empty()).collect();
+    let text = lines.join(" | ");
     let from = text.len().saturating_sub(SAID);
     let from = (from..text.len()).find(|at| text.is_char_boundary(*at)).unwrap_or(0);
     if text.is_empty() { "it said nothing".into() } else { text[from..].to_string() }
