@@ -5,6 +5,7 @@
 //! safety is proved.
 
 pub mod buf;
+pub mod inherit;
 pub mod ring;
 pub mod sim;
 
