@@ -6,6 +6,7 @@
 
 pub mod batch;
 pub mod buf;
+pub mod inherit;
 pub mod ring;
 pub mod rings;
 pub mod sim;
