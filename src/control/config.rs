@@ -122,9 +122,11 @@ impl Config {
             overlay_io: file.overlay_io.unwrap_or(default.overlay_io),
             stop_seconds: file.stop_seconds.unwrap_or(default.stop_seconds),
         };
-        for (key, path) in
-            [("state", &config.state), ("socket", &config.socket), ("nbd_socket", &config.nbd_socket)]
-        {
+        for (key, path) in [
+            ("state", &config.state),
+            ("socket", &config.socket),
+            ("nbd_socket", &config.nbd_socket),
+        ] {
             if !path.is_absolute() {
                 return Err(Error::new(
                     Kind::Invalid,

@@ -41,8 +41,7 @@ impl Paths {
     /// The paths of an ordinary user whose environment `var` looks up.
     fn of_user(var: impl Fn(&str) -> Option<OsString>) -> Result<Paths> {
         // The XDG specification has relative paths ignored.
-        let directory =
-            |name: &str| var(name).map(PathBuf::from).filter(|path| path.is_absolute());
+        let directory = |name: &str| var(name).map(PathBuf::from).filter(|path| path.is_absolute());
         let home = directory("HOME");
         let below_home = |name: &str, below: &str| {
             directory(name).or_else(|| home.as_ref().map(|home| home.join(below))).ok_or_else(|| {

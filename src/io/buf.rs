@@ -212,7 +212,11 @@ impl Pool {
             for _ in 0..count {
                 let index = shared.slots.borrow().len();
                 let home = Some((Rc::downgrade(&shared), index));
-                shared.slots.borrow_mut().push(Rc::new(Slot { region: region.clone(), offset, home }));
+                shared.slots.borrow_mut().push(Rc::new(Slot {
+                    region: region.clone(),
+                    offset,
+                    home,
+                }));
                 shared.free.borrow_mut()[class].push(index);
                 offset += bytes;
             }

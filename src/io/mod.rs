@@ -9,6 +9,7 @@ pub mod buf;
 pub mod inherit;
 pub mod ring;
 pub mod rings;
+pub mod signal;
 pub mod sim;
 pub mod sys;
 mod task;
@@ -55,11 +56,7 @@ pub trait Io: Clone + 'static {
     fn set_len(&self, file: &Self::File, len: u64) -> impl Future<Output = Result<()>>;
 
     /// Starts to bring the range into the page cache, where the file has one. A hint.
-    fn prefetch(
-        &self,
-        _file: &Self::File,
-        _range: Range<u64>,
-    ) -> impl Future<Output = Result<()>> {
+    fn prefetch(&self, _file: &Self::File, _range: Range<u64>) -> impl Future<Output = Result<()>> {
         std::future::ready(Ok(()))
     }
 

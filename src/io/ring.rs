@@ -390,9 +390,8 @@ impl Io for Ring {
     }
 
     async fn sync(&self, file: &RingFile) -> Result<()> {
-        let entry = opcode::Fsync::new(types::Fd(file.fd()))
-            .flags(types::FsyncFlags::DATASYNC)
-            .build();
+        let entry =
+            opcode::Fsync::new(types::Fd(file.fd())).flags(types::FsyncFlags::DATASYNC).build();
         self.file_op(entry, file).await
     }
 

@@ -38,19 +38,20 @@ impl Rings {
             let inbox = Arc::new(Inbox::new()?);
             let (ready, started) = mpsc::channel();
             let own = inbox.clone();
-            let handle = std::thread::Builder::new()
-                .name(format!("ring{index}"))
-                .spawn(move || match Ring::new(own) {
-                    Ok(ring) => {
-                        let _ = ready.send(Ok(()));
-                        if let Err(error) = ring.run() {
-                            tracing::error!(%error, "a ring failed; its clients are cut off");
-                            // The kernel may still write to what its operations keep.
-                            std::mem::forget(ring);
+            let handle =
+                std::thread::Builder::new().name(format!("ring{index}")).spawn(move || {
+                    match Ring::new(own) {
+                        Ok(ring) => {
+                            let _ = ready.send(Ok(()));
+                            if let Err(error) = ring.run() {
+                                tracing::error!(%error, "a ring failed; its clients are cut off");
+                                // The kernel may still write to what its operations keep.
+                                std::mem::forget(ring);
+                            }
                         }
-                    }
-                    Err(error) => {
-                        let _ = ready.send(Err(error));
+                        Err(error) => {
+                            let _ = ready.send(Err(error));
+                        }
                     }
                 })?;
             rings.threads.push(Thread { inbox, handle: Some(handle) });
@@ -192,7 +193,9 @@ mod tests {
             {
                 let mut read = Box::pin(ring.read(&file, buf.clone(), u64::MAX));
                 let waker = std::task::Waker::noop();
-                assert!(read.as_mut().poll(&mut std::task::Context::from_waker(waker)).is_pending());
+                assert!(
+                    read.as_mut().poll(&mut std::task::Context::from_waker(waker)).is_pending()
+                );
             }
             nix::unistd::write(&writer, &[2; 100]).unwrap();
             let other = scratch();

@@ -152,8 +152,7 @@ impl Tasks {
         let mut tasks = self.tasks.borrow_mut();
         let entry = tasks.vacant_entry();
         let inbox = self.inbox.clone();
-        let handle =
-            Arc::new(Handle { index: entry.key(), queued: AtomicBool::new(false), inbox });
+        let handle = Arc::new(Handle { index: entry.key(), queued: AtomicBool::new(false), inbox });
         let waker = Waker::from(handle.clone());
         entry.insert(Task { handle, waker: waker.clone(), future: Some(Box::pin(future)) });
         waker.wake();
@@ -189,4 +188,3 @@ impl Tasks {
         Some((task.waker.clone(), future))
     }
 }
-

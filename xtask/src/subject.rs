@@ -116,9 +116,10 @@ impl Subject {
     pub fn stop(&mut self) -> Result<()> {
         match self {
             Subject::Underlay(daemon) => daemon.stop(),
-            Subject::StandIn(stand_in) => stand_in.exports.iter_mut().try_for_each(|export| {
-                export.process.terminate(Duration::from_secs(20)).map(drop)
-            }),
+            Subject::StandIn(stand_in) => stand_in
+                .exports
+                .iter_mut()
+                .try_for_each(|export| export.process.terminate(Duration::from_secs(20)).map(drop)),
         }
     }
 

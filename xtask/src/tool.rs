@@ -165,7 +165,8 @@ impl Tool {
         let (mut child, watch) = self.spawn()?;
         if let Some(pipe) = child.stdout.take() {
             for line in BufReader::new(pipe).split(b'\n') {
-                let line = String::from_utf8_lossy(&line.with_context(|| self.line())?).into_owned();
+                let line =
+                    String::from_utf8_lossy(&line.with_context(|| self.line())?).into_owned();
                 report::say(&line);
                 see(&line);
             }
