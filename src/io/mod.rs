@@ -5,6 +5,8 @@
 //! safety is proved.
 
 pub mod buf;
+pub mod bulk;
+pub mod holes;
 pub mod ring;
 pub mod sim;
 
