@@ -182,6 +182,9 @@ mod tests {
         assert_eq!(error.kind(), Kind::NoSpace);
         assert_eq!(error.kind().nbd(), 28);
         let text = error.to_string();
-        assert!(text.starts_with("disk b: writing overlay of replica vm1: No space left"), "{text}");
+        assert!(
+            text.starts_with("disk b: writing overlay of replica vm1: No space left"),
+            "{text}"
+        );
     }
 }

@@ -76,9 +76,8 @@ fn job(lab: &Lab, against: Against, seed: u64, report: &mut Report) -> Result<()
     fs::copy(&io.reference, &kept)?;
     report.check("clients: nbdsh, unaligned at every small offset", || nbdsh(&subject, &raw));
     report.check("clients: fio --verify", || fio(&dir, &subject.uri("replica/fio")));
-    report.check("clients: nbdcopy onto a replica and back", || {
-        copy(&bench("replica/copy")?, seed)
-    });
+    report
+        .check("clients: nbdcopy onto a replica and back", || copy(&bench("replica/copy")?, seed));
     let name = "clients: nbdfuse + loop + mkfs + fsck";
     match fuse_ready() {
         Err(error) => report.skip(name, &format!("{error:#}")),
@@ -218,7 +217,9 @@ fn refuses(subject: &Subject, against: Against) -> Result<String> {
     ];
     for (what, outcome) in tries {
         match outcome {
-            Err(Failure::Refused(code)) => ensure!(code == want, "{what}: error {code}, not {want}"),
+            Err(Failure::Refused(code)) => {
+                ensure!(code == want, "{what}: error {code}, not {want}")
+            }
             Err(Failure::Lost(error)) => bail!("{what}: {error:#}"),
             Ok(()) => bail!("{what} was accepted"),
         }
@@ -396,8 +397,7 @@ fn as_disk<T>(dir: &Path, uri: &str, job: impl FnOnce(&str) -> Result<T>) -> Res
     let (fuse, mount) = (dir.join("fuse"), dir.join("mnt"));
     fs::create_dir_all(&fuse)?;
     let file = fuse.join("disk");
-    let mut server =
-        tool("nbdfuse", [text(&file)?, uri]).background(&dir.join("nbdfuse.log"))?;
+    let mut server = tool("nbdfuse", [text(&file)?, uri]).background(&dir.join("nbdfuse.log"))?;
     server.until(Duration::from_secs(10), || {
         file.metadata().is_ok_and(|found| found.len() == SIZE)
     })?;

@@ -79,19 +79,22 @@ fn job(lab: &Lab, against: Against, seed: u64, report: &mut Report) -> Result<()
             return subject.kill();
         }
     }
-    report.check("kill: the rest of the replica is untouched, a clean stop changes nothing", || {
-        subject.stop()?;
-        subject.restart()?;
-        subject.healthy()?;
-        model.check(&mut Client::open(&subject.socket("replica/own"), "replica/own")?)?;
-        let mut client = Client::open(&subject.socket("replica/own"), "replica/own")?;
-        let all = client.read_all(SIZE)?;
-        let rest = usize::try_from(WRITTEN)?;
-        if let Some(at) = pattern::differ(&all[rest..], &base[rest..]) {
-            bail!("byte {} was never written, but changed", rest + at);
-        }
-        Ok(format!("in all {total}"))
-    });
+    report.check(
+        "kill: the rest of the replica is untouched, a clean stop changes nothing",
+        || {
+            subject.stop()?;
+            subject.restart()?;
+            subject.healthy()?;
+            model.check(&mut Client::open(&subject.socket("replica/own"), "replica/own")?)?;
+            let mut client = Client::open(&subject.socket("replica/own"), "replica/own")?;
+            let all = client.read_all(SIZE)?;
+            let rest = usize::try_from(WRITTEN)?;
+            if let Some(at) = pattern::differ(&all[rest..], &base[rest..]) {
+                bail!("byte {} was never written, but changed", rest + at);
+            }
+            Ok(format!("in all {total}"))
+        },
+    );
     subject.stop()
 }
 

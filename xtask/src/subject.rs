@@ -60,7 +60,7 @@ impl Subject {
             }));
         }
         let name = dir.file_name().and_then(|name| name.to_str()).unwrap_or("daemon");
-        let daemon = Daemon::start(lab, dir, name, Profile::Debug)?;
+        let daemon = Daemon::start(lab, dir, name, Profile::Debug, "")?;
         for (name, path) in disks {
             daemon.ok(&["disk", "add", text(path)?, "--name", name])?;
         }
@@ -116,9 +116,10 @@ impl Subject {
     pub fn stop(&mut self) -> Result<()> {
         match self {
             Subject::Underlay(daemon) => daemon.stop(),
-            Subject::StandIn(stand_in) => stand_in.exports.iter_mut().try_for_each(|export| {
-                export.process.terminate(Duration::from_secs(20)).map(drop)
-            }),
+            Subject::StandIn(stand_in) => stand_in
+                .exports
+                .iter_mut()
+                .try_for_each(|export| export.process.terminate(Duration::from_secs(20)).map(drop)),
         }
     }
 
