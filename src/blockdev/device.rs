@@ -1,10 +1,11 @@
 //! The contract between front ends and devices.
 //!
 //! Front ends check nothing of a device's inside and devices nothing of the wire; both rely on what
-//! is written here. [`Checked`] asserts it at the boundary in tests and debug builds.
+//! is written here.
 
 use std::future::Future;
 
+pub use crate::cow::Provision;
 use crate::{
     error::Result,
     io::{Buf, Io},
@@ -19,15 +20,6 @@ pub struct Info {
     pub read_only: bool,
     /// The disk below turns: clients may prefer sequential access.
     pub rotational: bool,
-}
-
-/// What a write-zeroes request wants of the space below.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Provision {
-    /// The space may be given back.
-    Release,
-    /// The space stays allocated: later writes there do not run out of it.
-    Keep,
 }
 
 /// A run of one kind of content, as `base:allocation` tells it.
@@ -76,4 +68,18 @@ pub trait Device<I: Io>: 'static {
     /// Appends to `extents` what lies in the range, in order, neighbours merged, until the range or
     /// `limit` extents are covered; at least one. Pure: no I/O.
     fn extents(&self, offset: u64, len: u64, limit: usize, extents: &mut Vec<Extent>);
+}
+
+/// Appends an extent, or lengthens the last one if it is of the same kind. False if it would be
+/// more than `limit`.
+pub fn merge(extents: &mut Vec<Extent>, limit: usize, extent: Extent) -> bool {
+    let full = extents.len() >= limit;
+    match extents.last_mut() {
+        Some(last) if (last.hole, last.zero) == (extent.hole, extent.zero) => {
+            last.len += extent.len
+        }
+        _ if full => return false,
+        _ => extents.push(extent),
+    }
+    true
 }

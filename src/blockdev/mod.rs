@@ -1,6 +1,33 @@
 //! Block devices and the front ends that export them.
 
+use std::sync::Arc;
+
+pub mod base;
 pub mod device;
 pub mod nbd;
+pub mod replica;
 
+pub use base::BaseImage;
 pub use device::{Device, Extent, Info, Provision};
+pub use replica::Replica;
+
+use crate::io::Ring;
+
+/// Any device that a front end can export, on the rings of guests.
+#[derive(Clone)]
+pub enum AnyDevice {
+    /// An image's copy.
+    Base(Arc<BaseImage<Ring>>),
+    /// A replica.
+    Replica(Arc<Replica<Ring>>),
+}
+
+impl AnyDevice {
+    /// Size and kind, as of now.
+    pub fn info(&self) -> Info {
+        match self {
+            AnyDevice::Base(base) => base.info(),
+            AnyDevice::Replica(replica) => replica.info(),
+        }
+    }
+}

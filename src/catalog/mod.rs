@@ -1,1 +1,62 @@
-//! (in work)
+//! The catalogue: what is on the disks of a node, and every change to it.
+//!
+//! ```text
+//! node.rs      Node: opening a node, its disks, who is at work on what
+//! stage.rs     a copy that is being made, and its publication
+//! image.rs     images: looking them up, opening and removing them
+//! replica.rs   replicas: making, opening and removing them
+//! fsck.rs      what is inconsistent, and mending it
+//! report.rs    the node's figures
+//!    |
+//! view.rs      all disks together, in memory           claims.rs   who is at work on what
+//! scan.rs      reading a disk, noting what is wrong     status.rs   what others are told
+//! disk.rs      one disk, open and locked                media.rs    what it lies on
+//! record.rs    the JSON records                         name.rs     names, digests
+//! dir.rs       directories held open                    steps.rs    where tests stop it all
+//! ```
+//!
+//! Invariants:
+//! - **Files are the catalogue.** The view in memory is built from them, and changed only after a
+//!   change to them is durable.
+//! - **A reference is durable before its replica is visible, and is removed after the replica is
+//!   durably gone.** A crash at any point can leak a reference, never lose one.
+//! - **Nothing half-made is visible**: copies and replicas are built under a staging name and appear
+//!   by one rename.
+//! - What belongs to a disk that isn't there is never touched.
+//! - No content passes through here: images are written by `image`, overlays by `cow`.
+//!
+//! Everything blocks. `docs/catalogue.md` gives the files.
+
+mod claims;
+mod dir;
+mod disk;
+mod fsck;
+mod image;
+mod media;
+mod name;
+mod node;
+mod record;
+mod replica;
+mod report;
+mod scan;
+mod stage;
+mod status;
+mod steps;
+mod view;
+
+#[cfg(test)]
+mod tests;
+
+pub use disk::HOME;
+pub use fsck::Repair;
+pub use image::{OpenCopy, Unnamed};
+pub use media::Tier;
+pub use name::{Digest, NAME_MAX, Name};
+pub use node::{DiskOptions, Forgotten, Node, Placement};
+pub use replica::{NewReplica, OpenReplica, REPLICA_MAX, Removed};
+pub use scan::RESUME_JSON;
+pub use stage::{ImageMeta, StagedCopy};
+pub use status::{
+    CopyState, CopyStatus, DiskState, DiskStatus, FsckReport, ImageStatus, ImageUser, NodeStatus,
+    Problem, ReplicaState, ReplicaStatus, UserState,
+};

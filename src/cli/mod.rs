@@ -1,1 +1,2 @@
-//! (in work)
+//! x
+pub mod size;

@@ -25,22 +25,36 @@ const ALIGN: usize = BLOCK as usize;
 const CLASSES: [(usize, usize); 4] =
     [(4 << 10, 256), (16 << 10, 64), (64 << 10, 32), (256 << 10, 32)];
 
-struct Slot {
+/// One allocation; freed with the last slot in it.
+struct Region {
     ptr: NonNull<u8>,
     len: usize,
-    /// Where the slot belongs; `None` for memory of its own, freed with the slot.
-    home: Option<(Weak<Shared>, usize)>,
-    /// Whether the memory lies in the region registered with the thread's ring.
+    /// Whether the thread's ring has it registered.
     registered: bool,
 }
 
-impl Drop for Slot {
-    fn drop(&mut self) {
-        if self.home.is_none() {
-            // SAFETY: a slot without a home owns memory that `heap` allocated with this layout.
-            unsafe { alloc::dealloc(self.ptr.as_ptr(), layout(self.len)) };
-        }
+impl Region {
+    fn new(len: usize) -> Region {
+        // SAFETY: `layout` never has size 0.
+        let ptr = unsafe { alloc::alloc_zeroed(layout(len)) };
+        let Some(ptr) = NonNull::new(ptr) else { alloc::handle_alloc_error(layout(len)) };
+        Region { ptr, len, registered: false }
     }
+}
+
+impl Drop for Region {
+    fn drop(&mut self) {
+        // SAFETY: `new` allocated the memory with this layout; every slot in it is gone.
+        unsafe { alloc::dealloc(self.ptr.as_ptr(), layout(self.len)) };
+    }
+}
+
+struct Slot {
+    region: Rc<Region>,
+    /// Where the slot starts in its region.
+    offset: usize,
+    /// The pool it returns to and its number there; `None` for memory of its own.
+    home: Option<(Weak<Shared>, usize)>,
 }
 
 fn layout(len: usize) -> Layout {
@@ -58,10 +72,8 @@ pub struct Buf {
 impl Buf {
     /// Memory of its own, zeroed, outside any pool.
     pub fn heap(len: usize) -> Buf {
-        // SAFETY: the layout has a size of at least 1.
-        let ptr = unsafe { alloc::alloc_zeroed(layout(len)) };
-        let Some(ptr) = NonNull::new(ptr) else { alloc::handle_alloc_error(layout(len)) };
-        Buf { slot: Rc::new(Slot { ptr, len, home: None, registered: false }), start: 0, len }
+        let region = Rc::new(Region::new(len));
+        Buf { slot: Rc::new(Slot { region, offset: 0, home: None }), start: 0, len }
     }
 
     /// Memory of its own that holds a copy of `bytes`.
@@ -94,13 +106,13 @@ impl Buf {
     /// The first byte's address. Whoever hands it to the kernel keeps a clone of the window until
     /// the kernel is done.
     pub fn as_ptr(&self) -> *mut u8 {
-        // SAFETY: `start` lies within the slot, by construction.
-        unsafe { self.slot.ptr.as_ptr().add(self.start) }
+        // SAFETY: the slot lies within its region and the window within its slot, by construction.
+        unsafe { self.slot.region.ptr.as_ptr().add(self.slot.offset + self.start) }
     }
 
     /// Whether the memory is part of the region registered with this thread's ring.
     pub fn is_registered(&self) -> bool {
-        self.slot.registered
+        self.slot.region.registered
     }
 
     /// Copies `bytes` to the start of the window.
@@ -171,9 +183,6 @@ impl fmt::Debug for Buf {
 pub struct Pool(Rc<Shared>);
 
 struct Shared {
-    region: NonNull<u8>,
-    len: usize,
-    registered: bool,
     slots: RefCell<Vec<Rc<Slot>>>,
     free: RefCell<[Vec<usize>; CLASSES.len()]>,
 }
@@ -191,37 +200,23 @@ impl Shared {
     }
 }
 
-impl Drop for Shared {
-    fn drop(&mut self) {
-        // SAFETY: the region was allocated with this layout. No window outlives the pool: windows
-        // hold slots, and the ring that owns the pool waits for its operations before it ends.
-        unsafe { alloc::dealloc(self.region.as_ptr(), layout(self.len)) };
-    }
-}
-
 impl Pool {
     /// Allocates the region and hands it to `register`, which tells whether the ring knows it now.
     pub fn new(register: impl FnOnce(*mut u8, usize) -> bool) -> Pool {
-        let len = CLASSES.iter().map(|(bytes, count)| bytes * count).sum();
-        // SAFETY: the layout's size is not 0.
-        let region = unsafe { alloc::alloc_zeroed(layout(len)) };
-        let Some(region) = NonNull::new(region) else { alloc::handle_alloc_error(layout(len)) };
-        let shared = Rc::new(Shared {
-            region,
-            len,
-            registered: register(region.as_ptr(), len),
-            slots: RefCell::default(),
-            free: RefCell::default(),
-        });
+        let mut region = Region::new(CLASSES.iter().map(|(bytes, count)| bytes * count).sum());
+        region.registered = register(region.ptr.as_ptr(), region.len);
+        let region = Rc::new(region);
+        let shared = Rc::new(Shared { slots: RefCell::default(), free: RefCell::default() });
         let mut offset = 0;
         for (class, (bytes, count)) in CLASSES.into_iter().enumerate() {
             for _ in 0..count {
                 let index = shared.slots.borrow().len();
-                // SAFETY: the classes add up to the region's length.
-                let ptr = unsafe { region.add(offset) };
                 let home = Some((Rc::downgrade(&shared), index));
-                let registered = shared.registered;
-                shared.slots.borrow_mut().push(Rc::new(Slot { ptr, len: bytes, home, registered }));
+                shared.slots.borrow_mut().push(Rc::new(Slot {
+                    region: region.clone(),
+                    offset,
+                    home,
+                }));
                 shared.free.borrow_mut()[class].push(index);
                 offset += bytes;
             }

@@ -4,11 +4,19 @@
 //! simulated disk with seeded faults and crashes. The same core runs on both: that is how crash
 //! safety is proved.
 
+pub mod batch;
 pub mod buf;
+pub mod inherit;
 pub mod ring;
+pub mod rings;
+pub mod signal;
 pub mod sim;
+pub mod sys;
+mod task;
 
 pub use buf::Buf;
+pub use ring::{Ring, RingFile};
+pub use rings::Rings;
 
 use std::{future::Future, io::Result, ops::Range};
 
@@ -47,6 +55,11 @@ pub trait Io: Clone + 'static {
     /// Sets the file's length in bytes. Durable with the next sync.
     fn set_len(&self, file: &Self::File, len: u64) -> impl Future<Output = Result<()>>;
 
+    /// Starts to bring the range into the page cache, where the file has one. A hint.
+    fn prefetch(&self, _file: &Self::File, _range: Range<u64>) -> impl Future<Output = Result<()>> {
+        std::future::ready(Ok(()))
+    }
+
     /// The next range at or after `offset` that may hold anything but zeros; `None` when the rest
     /// of the file is a hole. A hint for skipping holes that are known to read as zeros.
     fn data_after(
@@ -54,4 +67,21 @@ pub trait Io: Clone + 'static {
         file: &Self::File,
         offset: u64,
     ) -> impl Future<Output = Result<Option<Range<u64>>>>;
+}
+
+/// Reads any range of a file, also one that its alignment does not allow: by way of a buffer that
+/// covers the range.
+pub async fn read_any<I: Io>(io: &I, file: &I::File, buf: Buf, offset: u64) -> Result<()> {
+    let align = io.align(file);
+    let aligned = |value: u64| value.is_multiple_of(align);
+    if aligned(offset) && aligned(buf.len() as u64) && aligned(buf.as_ptr() as u64) {
+        return io.read(file, buf, offset).await;
+    }
+    let start = offset - offset % align;
+    let skip = (offset - start) as usize;
+    let len = (skip + buf.len()).next_multiple_of(align as usize);
+    let bounce = io.alloc(len);
+    io.read(file, bounce.clone(), start).await?;
+    buf.copy_from_buf(&bounce.slice(skip..skip + buf.len()));
+    Ok(())
 }

@@ -1,1 +1,18 @@
-//! NBD front end.
+//! NBD front end: the protocol's pure parts, and the sessions that move its bytes.
+//!
+//! `wire` knows bytes, `task` what a request may ask of an export, `options` the data of the
+//! handshake's options, `handshake` their order. None of them does I/O, allocates without a bound
+//! or panics, whatever a client sends. `server` accepts connections and shakes hands, `session`
+//! serves requests on a ring.
+
+pub mod handshake;
+mod options;
+pub mod server;
+pub mod session;
+pub mod task;
+pub mod wire;
+
+pub use handshake::{Ending, Handshake, Negotiated, Offer, Step};
+pub use server::{Export, Exports, Server};
+pub use task::{Refusal, Task, Terms};
+pub use wire::Request;

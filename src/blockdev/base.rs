@@ -1,0 +1,144 @@
+//! A base device: an image's copy, exported read-only.
+//!
+//! The content never changes, so what is known of it is too: a mask of its zero blocks, made when
+//! the image was imported, answers reads of zeros and allocation queries without I/O.
+
+use std::ops::Range;
+
+use crate::{
+    blockdev::device::{Device, Extent, Info, Provision, merge},
+    cow::Base,
+    error::{Context, Error, Kind, Result},
+    io::{Buf, Io, read_any},
+    units::{self, BLOCKS_PER_CHUNK, Block, round_down},
+};
+
+/// A copy of an image, open for reading. Shared by every thread and every replica on it.
+pub struct BaseImage<I: Io> {
+    name: String,
+    data: I::File,
+    size: u64,
+    rotational: bool,
+    /// Per chunk, a bit for each block that holds nothing but zeros.
+    zeros: Box<[u64]>,
+}
+
+impl<I: Io> BaseImage<I> {
+    /// The image in `data`: `size` bytes, a multiple of 512; one zero mask per chunk.
+    ///
+    /// # Errors
+    /// `Corrupt` if the masks don't cover the size.
+    pub fn new(
+        name: impl Into<String>,
+        data: I::File,
+        size: u64,
+        zeros: Box<[u64]>,
+    ) -> Result<BaseImage<I>> {
+        let name = name.into();
+        if units::chunks(size) != zeros.len() as u64 {
+            let what = format!("image {name}: {} zero masks for {size} bytes", zeros.len());
+            return Err(Error::new(Kind::Corrupt, what));
+        }
+        Ok(BaseImage { name, data, size, rotational: false, zeros })
+    }
+
+    /// Tells clients that the disk below turns.
+    #[must_use]
+    pub fn on_rotating_disk(mut self) -> BaseImage<I> {
+        self.rotational = true;
+        self
+    }
+
+    /// Whether every block that the range touches is known to be zeros.
+    fn all_zero(&self, offset: u64, len: u64) -> bool {
+        let blocks = Block::at(offset).0..units::blocks(offset + len);
+        self.zero_run(blocks.clone()) == (true, blocks.end)
+    }
+}
+
+impl<I: Io> Base<I> for BaseImage<I> {
+    fn size(&self) -> u64 {
+        self.size
+    }
+
+    fn is_zero(&self, block: Block) -> bool {
+        let mask = self.zeros.get((block.0 / BLOCKS_PER_CHUNK) as usize);
+        mask.is_none_or(|mask| mask >> (block.0 % BLOCKS_PER_CHUNK) & 1 == 1)
+    }
+
+    fn zero_run(&self, blocks: Range<u64>) -> (bool, u64) {
+        let zero = self.is_zero(Block(blocks.start));
+        let same = if zero { u64::MAX } else { 0 };
+        let mut block = blocks.start;
+        while block < blocks.end && self.is_zero(Block(block)) == zero {
+            // A chunk that is all of a kind is one step.
+            let mask = self.zeros.get((block / BLOCKS_PER_CHUNK) as usize).copied();
+            let unit = if mask.is_some_and(|mask| mask == same) { BLOCKS_PER_CHUNK } else { 1 };
+            block = round_down(block, unit) + unit;
+        }
+        (zero, block.min(blocks.end))
+    }
+
+    async fn read(&self, io: &I, offset: u64, buf: Buf) -> Result<()> {
+        let len = buf.len();
+        read_any(io, &self.data, buf, offset)
+            .await
+            .context(|| format!("image {}: reading {len} bytes at {offset}", self.name))
+    }
+}
+
+impl<I: Io> Device<I> for BaseImage<I> {
+    fn info(&self) -> Info {
+        Info { size: self.size, read_only: true, rotational: self.rotational }
+    }
+
+    async fn read(&self, io: &I, offset: u64, buf: Buf) -> Result<()> {
+        if self.all_zero(offset, buf.len() as u64) {
+            buf.fill(0);
+            return Ok(());
+        }
+        Base::read(self, io, offset, buf).await
+    }
+
+    async fn write(&self, _: &I, _: u64, _: Buf) -> Result<()> {
+        Err(self.read_only())
+    }
+
+    async fn flush(&self, _: &I) -> Result<()> {
+        Ok(())
+    }
+
+    async fn discard(&self, _: &I, _: u64, _: u64) -> Result<()> {
+        Err(self.read_only())
+    }
+
+    async fn write_zeroes(&self, _: &I, _: u64, _: u64, _: Provision) -> Result<()> {
+        Err(self.read_only())
+    }
+
+    async fn prefetch(&self, io: &I, offset: u64, len: u64) -> Result<()> {
+        io.prefetch(&self.data, offset..offset + len)
+            .await
+            .context(|| format!("image {}: prefetching", self.name))
+    }
+
+    fn extents(&self, offset: u64, len: u64, limit: usize, extents: &mut Vec<Extent>) {
+        let end = offset + len;
+        let mut at = offset;
+        while at < end {
+            let (zero, blocks) = self.zero_run(Block::at(at).0..units::blocks(end));
+            let next = Block(blocks).offset().min(end);
+            if !merge(extents, limit, Extent { len: next - at, hole: zero, zero }) {
+                return;
+            }
+            at = next;
+        }
+    }
+}
+
+impl<I: Io> BaseImage<I> {
+    fn read_only(&self) -> Error {
+        let what = format!("image {} is read-only: write to a replica of it", self.name);
+        Error::new(Kind::ReadOnly, what)
+    }
+}

@@ -1,0 +1,501 @@
+//! The bytes of NBD: every constant of the protocol, requests and replies. All of it big endian.
+//!
+//! Invariants:
+//! - Decoding never panics and never allocates; what can't be a request is a [`BadMagic`], after which the
+//!   stream can't be followed any more.
+//! - Encoders of the transmission phase return arrays, or append to a buffer of the caller's that
+//!   keeps its capacity: no allocation in steady state.
+//!
+//! Not here: which requests are allowed (`task`), the handshake's options (`options`, `handshake`).
+//! [`Request::length`] is wider than today's 28-byte header needs: extended headers carry 64 bits.
+
+use crate::blockdev::Extent;
+
+/// First magic of the server's greeting, "NBDMAGIC".
+pub const GREETING: u64 = 0x4e42_444d_4147_4943;
+/// Second magic of the greeting and the magic of every option, "IHAVEOPT".
+pub const OPTION_MAGIC: u64 = 0x4948_4156_454f_5054;
+/// Magic of a reply to an option.
+pub const OPTION_REPLY_MAGIC: u64 = 0x0003_e889_0455_65a9;
+/// Magic of a request with a 28-byte header.
+pub const REQUEST_MAGIC: u32 = 0x2560_9513;
+/// Magic of a simple reply.
+pub const SIMPLE_REPLY_MAGIC: u32 = 0x6744_6698;
+/// Magic of a chunk of a structured reply.
+pub const CHUNK_MAGIC: u32 = 0x668e_33ef;
+
+/// Bytes of an option's header: magic, option, length.
+pub const OPTION_HEADER: usize = 16;
+/// Bytes of a request's header.
+pub const REQUEST_HEADER: usize = 28;
+/// Bytes of a simple reply before its data.
+pub const SIMPLE_REPLY: usize = 16;
+/// Bytes of a chunk's header before its payload.
+pub const CHUNK_HEADER: usize = 20;
+/// Bytes before the data of an OFFSET_DATA chunk: header and offset.
+pub const DATA_HEADER: usize = CHUNK_HEADER + 8;
+/// Zeroes after the answer to EXPORT_NAME, unless the client does without.
+pub const EXPORT_NAME_PADDING: usize = 124;
+
+/// The longest string of the protocol, names of exports among them, in bytes.
+pub const MAX_STRING: usize = 4096;
+/// The smallest request, in bytes, as told to clients.
+pub const MIN_BLOCK: u32 = 1;
+/// The request size from which on nothing is read to be modified, in bytes, as told to clients.
+pub const PREFERRED_BLOCK: u32 = 4096;
+/// The largest data of a READ or WRITE, in bytes, as told to clients.
+pub const MAX_PAYLOAD: u32 = 32 << 20;
+/// The most descriptors in one BLOCK_STATUS chunk (64 KiB of them). The protocol's own bound is 2^20;
+/// clients ask again from where an answer ends.
+pub const MAX_DESCRIPTORS: usize = 8192;
+
+/// Handshake flags: the low two are the server's and, in 32 bits, the client's.
+pub mod handshake_flag {
+    /// Options other than EXPORT_NAME are understood and answered.
+    pub const FIXED_NEWSTYLE: u16 = 1 << 0;
+    /// The 124 zeroes after EXPORT_NAME may be left out.
+    pub const NO_ZEROES: u16 = 1 << 1;
+}
+
+/// Options that a client sends in the handshake.
+#[allow(missing_docs, reason = "the protocol's own names")]
+pub mod option {
+    pub const EXPORT_NAME: u32 = 1;
+    pub const ABORT: u32 = 2;
+    pub const LIST: u32 = 3;
+    pub const STARTTLS: u32 = 5;
+    pub const INFO: u32 = 6;
+    pub const GO: u32 = 7;
+    pub const STRUCTURED_REPLY: u32 = 8;
+    pub const LIST_META_CONTEXT: u32 = 9;
+    pub const SET_META_CONTEXT: u32 = 10;
+    pub const EXTENDED_HEADERS: u32 = 11;
+}
+
+/// Types of replies to options; an error has bit 31 set and may carry a message.
+#[allow(missing_docs, reason = "the protocol's own names")]
+pub mod reply {
+    pub const ACK: u32 = 1;
+    pub const SERVER: u32 = 2;
+    pub const INFO: u32 = 3;
+    pub const META_CONTEXT: u32 = 4;
+    pub const ERR_UNSUP: u32 = (1 << 31) + 1;
+    pub const ERR_POLICY: u32 = (1 << 31) + 2;
+    pub const ERR_INVALID: u32 = (1 << 31) + 3;
+    pub const ERR_PLATFORM: u32 = (1 << 31) + 4;
+    pub const ERR_TLS_REQD: u32 = (1 << 31) + 5;
+    pub const ERR_UNKNOWN: u32 = (1 << 31) + 6;
+    pub const ERR_SHUTDOWN: u32 = (1 << 31) + 7;
+    pub const ERR_BLOCK_SIZE_REQD: u32 = (1 << 31) + 8;
+    pub const ERR_TOO_BIG: u32 = (1 << 31) + 9;
+    pub const ERR_EXT_HEADER_REQD: u32 = (1 << 31) + 10;
+}
+
+/// Kinds of information about an export, asked for and given by INFO and GO.
+#[allow(missing_docs, reason = "the protocol's own names")]
+pub mod info {
+    pub const EXPORT: u16 = 0;
+    pub const NAME: u16 = 1;
+    pub const DESCRIPTION: u16 = 2;
+    pub const BLOCK_SIZE: u16 = 3;
+}
+
+/// Transmission flags: what an export can do.
+#[allow(missing_docs, reason = "the protocol's own names")]
+pub mod flag {
+    pub const HAS_FLAGS: u16 = 1 << 0;
+    pub const READ_ONLY: u16 = 1 << 1;
+    pub const SEND_FLUSH: u16 = 1 << 2;
+    pub const SEND_FUA: u16 = 1 << 3;
+    pub const ROTATIONAL: u16 = 1 << 4;
+    pub const SEND_TRIM: u16 = 1 << 5;
+    pub const SEND_WRITE_ZEROES: u16 = 1 << 6;
+    pub const SEND_DF: u16 = 1 << 7;
+    pub const CAN_MULTI_CONN: u16 = 1 << 8;
+    pub const SEND_RESIZE: u16 = 1 << 9;
+    pub const SEND_CACHE: u16 = 1 << 10;
+    pub const SEND_FAST_ZERO: u16 = 1 << 11;
+    pub const BLOCK_STATUS_PAYLOAD: u16 = 1 << 12;
+}
+
+/// Flags of a request.
+#[allow(missing_docs, reason = "the protocol's own names")]
+pub mod command_flag {
+    pub const FUA: u16 = 1 << 0;
+    pub const NO_HOLE: u16 = 1 << 1;
+    pub const DF: u16 = 1 << 2;
+    pub const REQ_ONE: u16 = 1 << 3;
+    pub const FAST_ZERO: u16 = 1 << 4;
+    pub const PAYLOAD_LEN: u16 = 1 << 5;
+}
+
+/// Types of chunks in a structured reply; an error has bit 15 set.
+#[allow(missing_docs, reason = "the protocol's own names")]
+pub mod chunk {
+    pub const NONE: u16 = 0;
+    pub const OFFSET_DATA: u16 = 1;
+    pub const OFFSET_HOLE: u16 = 2;
+    pub const BLOCK_STATUS: u16 = 5;
+    pub const ERROR: u16 = (1 << 15) + 1;
+    pub const ERROR_OFFSET: u16 = (1 << 15) + 2;
+    /// The flag of a reply's last chunk.
+    pub const DONE: u16 = 1 << 0;
+}
+
+/// States of an extent in the context `base:allocation`.
+#[allow(missing_docs, reason = "the protocol's own names")]
+pub mod state {
+    pub const HOLE: u32 = 1 << 0;
+    pub const ZERO: u32 = 1 << 1;
+}
+
+/// Error codes of the transmission phase; they are not `errno`, though most look like it.
+#[allow(missing_docs, reason = "the protocol's own names")]
+pub mod error {
+    pub const EPERM: u32 = 1;
+    pub const EIO: u32 = 5;
+    pub const ENOMEM: u32 = 12;
+    pub const EINVAL: u32 = 22;
+    pub const ENOSPC: u32 = 28;
+    pub const EOVERFLOW: u32 = 75;
+    pub const ENOTSUP: u32 = 95;
+    pub const ESHUTDOWN: u32 = 108;
+}
+
+/// What a request asks for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[allow(missing_docs, reason = "the protocol's own names")]
+pub enum Command {
+    Read,
+    Write,
+    Disconnect,
+    Flush,
+    Trim,
+    Cache,
+    WriteZeroes,
+    BlockStatus,
+    /// A command that the protocol has no name for: refused, and no reason to hang up.
+    Unknown(u16),
+}
+
+impl Command {
+    /// The command with this number.
+    pub const fn from_wire(number: u16) -> Command {
+        match number {
+            0 => Command::Read,
+            1 => Command::Write,
+            2 => Command::Disconnect,
+            3 => Command::Flush,
+            4 => Command::Trim,
+            5 => Command::Cache,
+            6 => Command::WriteZeroes,
+            7 => Command::BlockStatus,
+            other => Command::Unknown(other),
+        }
+    }
+}
+
+/// A request's header as the client sent it: nothing in it is checked but the magic.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Request {
+    /// Bits of [`command_flag`], unknown ones too.
+    pub flags: u16,
+    /// What is asked for.
+    pub command: Command,
+    /// The client's name for the request, echoed in every reply. Two requests may share one.
+    pub cookie: u64,
+    /// First byte of the range.
+    pub offset: u64,
+    /// Bytes in the range.
+    pub length: u64,
+}
+
+/// The bytes are not a request: the client has lost its place, or is none.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("request begins with {0:#010x} instead of {REQUEST_MAGIC:#010x}")]
+pub struct BadMagic(pub u32);
+
+impl Request {
+    /// Takes a header apart.
+    pub fn decode(header: &[u8; REQUEST_HEADER]) -> Result<Request, BadMagic> {
+        let [m0, m1, m2, m3, f0, f1, t0, t1, rest @ ..] = *header;
+        let [c0, c1, c2, c3, c4, c5, c6, c7, rest @ ..] = rest;
+        let [o0, o1, o2, o3, o4, o5, o6, o7, length @ ..] = rest;
+        let magic = u32::from_be_bytes([m0, m1, m2, m3]);
+        if magic != REQUEST_MAGIC {
+            return Err(BadMagic(magic));
+        }
+        Ok(Request {
+            flags: u16::from_be_bytes([f0, f1]),
+            command: Command::from_wire(u16::from_be_bytes([t0, t1])),
+            cookie: u64::from_be_bytes([c0, c1, c2, c3, c4, c5, c6, c7]),
+            offset: u64::from_be_bytes([o0, o1, o2, o3, o4, o5, o6, o7]),
+            length: u64::from(u32::from_be_bytes(length)),
+        })
+    }
+
+    /// Bytes that follow the header, whether the request is allowed or not.
+    pub const fn payload(&self) -> u64 {
+        match self.command {
+            Command::Write => self.length,
+            _ => 0,
+        }
+    }
+}
+
+/// A place in a structured reply.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Place {
+    /// More chunks follow for the same request.
+    Middle,
+    /// The reply's last chunk: nothing can fail any more.
+    Last,
+}
+
+/// A simple reply; `error` 0 is success, and then a READ's data follows.
+pub fn simple_reply(cookie: u64, error: u32) -> [u8; SIMPLE_REPLY] {
+    let mut reply = [0; SIMPLE_REPLY];
+    put(&mut reply, 0, SIMPLE_REPLY_MAGIC.to_be_bytes());
+    put(&mut reply, 4, error.to_be_bytes());
+    put(&mut reply, 8, cookie.to_be_bytes());
+    reply
+}
+
+/// Success, or the end of a reply whose chunks so far were not the last.
+pub fn none_chunk(cookie: u64) -> [u8; CHUNK_HEADER] {
+    chunk_header(cookie, Place::Last, chunk::NONE, 0)
+}
+
+/// What comes before `len` bytes of data from `offset`; `len` is neither 0 nor above [`MAX_PAYLOAD`].
+pub fn data_chunk(cookie: u64, place: Place, offset: u64, len: u32) -> [u8; DATA_HEADER] {
+    debug_assert!(len > 0 && len <= MAX_PAYLOAD, "a data chunk of {len} bytes");
+    let mut reply = [0; DATA_HEADER];
+    put(&mut reply, 0, chunk_header(cookie, place, chunk::OFFSET_DATA, len + 8));
+    put(&mut reply, CHUNK_HEADER, offset.to_be_bytes());
+    reply
+}
+
+/// `len` bytes from `offset` read as zeros; `len` is not 0.
+pub fn hole_chunk(cookie: u64, place: Place, offset: u64, len: u32) -> [u8; CHUNK_HEADER + 12] {
+    debug_assert!(len > 0, "an empty hole");
+    let mut reply = [0; CHUNK_HEADER + 12];
+    put(&mut reply, 0, chunk_header(cookie, place, chunk::OFFSET_HOLE, 12));
+    put(&mut reply, CHUNK_HEADER, offset.to_be_bytes());
+    put(&mut reply, CHUNK_HEADER + 8, len.to_be_bytes());
+    reply
+}
+
+/// Appends the failure of a whole request, with a message for people (cut to [`MAX_STRING`]). It is
+/// the reply's last chunk. `error` is not 0.
+pub fn error_chunk(cookie: u64, error: u32, message: &str, output: &mut Vec<u8>) {
+    debug_assert!(error != 0, "an error without a code");
+    let message = displayable(message);
+    output.extend(chunk_header(cookie, Place::Last, chunk::ERROR, 6 + message.len() as u32));
+    output.extend(error.to_be_bytes());
+    output.extend((message.len() as u16).to_be_bytes());
+    output.extend(message.as_bytes());
+}
+
+/// Appends the failure of a request at `offset`: what came before it is good. `error` is not 0.
+pub fn error_offset_chunk(
+    cookie: u64,
+    place: Place,
+    error: u32,
+    message: &str,
+    offset: u64,
+    output: &mut Vec<u8>,
+) {
+    debug_assert!(error != 0, "an error without a code");
+    let message = displayable(message);
+    output.extend(chunk_header(cookie, place, chunk::ERROR_OFFSET, 14 + message.len() as u32));
+    output.extend(error.to_be_bytes());
+    output.extend((message.len() as u16).to_be_bytes());
+    output.extend(message.as_bytes());
+    output.extend(offset.to_be_bytes());
+}
+
+/// Appends what `extents` say of the `length` bytes asked for, as a reply's last chunk: neighbours
+/// of one state are merged, nothing reaches past `length`, at most `limit` descriptors (1 for
+/// REQ_ONE). Neither `extents` nor `length` nor `limit` is empty or 0.
+pub fn status_chunk(
+    cookie: u64,
+    context: u32,
+    extents: &[Extent],
+    length: u64,
+    limit: usize,
+    output: &mut Vec<u8>,
+) {
+    let start = output.len();
+    output.extend([0; CHUNK_HEADER]);
+    output.extend(context.to_be_bytes());
+    for (len, state) in runs(extents, length).take(limit) {
+        // A run too long for 32 bits is cut to a multiple of 4096, and nothing can follow it.
+        let told = u32::try_from(len).unwrap_or(u32::MAX - (PREFERRED_BLOCK - 1));
+        output.extend(told.to_be_bytes());
+        output.extend(state.to_be_bytes());
+        if u64::from(told) != len {
+            break;
+        }
+    }
+    let len = (output.len() - start - CHUNK_HEADER) as u32;
+    debug_assert!(len > 4, "a status without a descriptor");
+    output[start..start + CHUNK_HEADER].copy_from_slice(&chunk_header(
+        cookie,
+        Place::Last,
+        chunk::BLOCK_STATUS,
+        len,
+    ));
+}
+
+/// The first `length` bytes of `extents` as (bytes, state), neighbours of one state merged.
+fn runs(extents: &[Extent], length: u64) -> impl Iterator<Item = (u64, u32)> {
+    let mut rest = length;
+    let mut clipped = extents
+        .iter()
+        .map_while(move |extent| {
+            let len = extent.len.min(rest);
+            rest -= len;
+            let hole = if extent.hole { state::HOLE } else { 0 };
+            let zero = if extent.zero { state::ZERO } else { 0 };
+            (len > 0).then_some((len, hole | zero))
+        })
+        .peekable();
+    std::iter::from_fn(move || {
+        let (mut len, state) = clipped.next()?;
+        while let Some((more, _)) = clipped.next_if(|(_, same)| *same == state) {
+            len += more;
+        }
+        Some((len, state))
+    })
+}
+
+fn chunk_header(cookie: u64, place: Place, kind: u16, len: u32) -> [u8; CHUNK_HEADER] {
+    let flags = if place == Place::Last { chunk::DONE } else { 0 };
+    let mut header = [0; CHUNK_HEADER];
+    put(&mut header, 0, CHUNK_MAGIC.to_be_bytes());
+    put(&mut header, 4, flags.to_be_bytes());
+    put(&mut header, 6, kind.to_be_bytes());
+    put(&mut header, 8, cookie.to_be_bytes());
+    put(&mut header, 16, len.to_be_bytes());
+    header
+}
+
+/// Copies a field into its place; offsets are constants, checked by the tests.
+fn put<const N: usize>(bytes: &mut [u8], at: usize, field: [u8; N]) {
+    bytes[at..at + N].copy_from_slice(&field);
+}
+
+/// A message as the protocol allows it: without NULs from the first on, at most [`MAX_STRING`] bytes.
+pub fn displayable(message: &str) -> &str {
+    let message = message.split('\0').next().unwrap_or_default();
+    &message[..message.floor_char_boundary(MAX_STRING)]
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn extent(len: u64, state: u32) -> Extent {
+        Extent { len, hole: state & state::HOLE != 0, zero: state & state::ZERO != 0 }
+    }
+
+    fn status(extents: &[Extent], length: u64, limit: usize) -> Vec<(u32, u32)> {
+        let mut output = b"before".to_vec();
+        status_chunk(7, 9, extents, length, limit, &mut output);
+        let chunk = &output[6..];
+        let len = u32::from_be_bytes(chunk[16..20].try_into().unwrap()) as usize;
+        assert_eq!(chunk.len(), CHUNK_HEADER + len);
+        assert_eq!(chunk[..16], [0x66, 0x8e, 0x33, 0xef, 0, 1, 0, 5, 0, 0, 0, 0, 0, 0, 0, 7]);
+        assert_eq!(chunk[20..24], [0, 0, 0, 9]);
+        let word = |bytes: &[u8]| u32::from_be_bytes(bytes.try_into().unwrap());
+        chunk[24..].chunks(8).map(|both| (word(&both[..4]), word(&both[4..]))).collect()
+    }
+
+    #[test]
+    fn requests_decode_by_the_table() {
+        let header: [u8; REQUEST_HEADER] = [
+            0x25, 0x60, 0x95, 0x13, 0x00, 0x01, 0x00, 0x01, 1, 2, 3, 4, 5, 6, 7, 8, 0, 0, 0, 1, 0,
+            0, 0x10, 0, 0, 0, 0x20, 0,
+        ];
+        let request = Request::decode(&header).unwrap();
+        assert_eq!(
+            request,
+            Request {
+                flags: command_flag::FUA,
+                command: Command::Write,
+                cookie: 0x0102_0304_0506_0708,
+                offset: 0x1_0000_1000,
+                length: 0x2000,
+            }
+        );
+        assert_eq!(request.payload(), 0x2000);
+        for number in 0..=u16::MAX {
+            let mut header = header;
+            header[6..8].copy_from_slice(&number.to_be_bytes());
+            let request = Request::decode(&header).unwrap();
+            assert_eq!(number > 7, request.command == Command::Unknown(number));
+            assert_eq!(number == 1, request.payload() > 0);
+        }
+        for bit in 0..32 {
+            let mut header = header;
+            header[bit / 8] ^= 1 << (bit % 8);
+            assert!(Request::decode(&header).is_err(), "bit {bit} of the magic");
+        }
+    }
+
+    #[test]
+    fn replies_encode_by_the_table() {
+        let cookie = 0x1122_3344_5566_7788;
+        assert_eq!(
+            simple_reply(cookie, error::ENOSPC),
+            [0x67, 0x44, 0x66, 0x98, 0, 0, 0, 28, 0x11, 0x22, 0x33, 0x44, 0x55, 0x66, 0x77, 0x88]
+        );
+        let head = |flags: u8, kind: [u8; 2], len: u8| {
+            let mut head = vec![0x66, 0x8e, 0x33, 0xef, 0, flags, kind[0], kind[1]];
+            head.extend(cookie.to_be_bytes());
+            head.extend([0, 0, 0, len]);
+            head
+        };
+        assert_eq!(none_chunk(cookie)[..], head(1, [0, 0], 0));
+        let data = data_chunk(cookie, Place::Middle, 0x1234, 10);
+        assert_eq!(data[..20], head(0, [0, 1], 18));
+        assert_eq!(data[20..], [0, 0, 0, 0, 0, 0, 0x12, 0x34]);
+        let hole = hole_chunk(cookie, Place::Last, 0x1234, 0x1000);
+        assert_eq!(hole[..20], head(1, [0, 2], 12));
+        assert_eq!(hole[20..], [0, 0, 0, 0, 0, 0, 0x12, 0x34, 0, 0, 0x10, 0]);
+        let mut output = vec![];
+        error_chunk(cookie, error::EIO, "bad", &mut output);
+        assert_eq!(output[..20], head(1, [0x80, 1], 9));
+        assert_eq!(output[20..], [0, 0, 0, 5, 0, 3, b'b', b'a', b'd']);
+        output.clear();
+        error_offset_chunk(cookie, Place::Middle, error::EIO, "bad", 512, &mut output);
+        assert_eq!(output[..20], head(0, [0x80, 2], 17));
+        assert_eq!(output[20..], [0, 0, 0, 5, 0, 3, b'b', b'a', b'd', 0, 0, 0, 0, 0, 0, 2, 0]);
+    }
+
+    #[test]
+    fn messages_fit_the_protocol() {
+        let mut output = vec![];
+        error_chunk(1, error::EIO, &"ä".repeat(5000), &mut output);
+        assert_eq!(output.len(), CHUNK_HEADER + 6 + MAX_STRING);
+        assert!(std::str::from_utf8(&output[CHUNK_HEADER + 6..]).is_ok());
+        assert_eq!(displayable(&format!("x{}", "ä".repeat(5000))).len(), MAX_STRING - 1);
+        assert_eq!(displayable("one\0two"), "one");
+    }
+
+    #[test]
+    fn statuses_merge_clip_and_stop() {
+        let both = state::HOLE | state::ZERO;
+        let four = [extent(4096, 0), extent(4096, 0), extent(8192, both), extent(512, 0)];
+        assert_eq!(status(&four, 16896, 100), [(8192, 0), (8192, both), (512, 0)]);
+        assert_eq!(status(&four, 10000, 100), [(8192, 0), (1808, both)], "clipped");
+        assert_eq!(status(&four, 8192, 100), [(8192, 0)], "nothing past the range");
+        assert_eq!(status(&four, 16896, 2), [(8192, 0), (8192, both)], "at the limit");
+        assert_eq!(status(&four, 16896, 1), [(8192, 0)], "REQ_ONE is merged, too");
+        assert_eq!(status(&four, 100, 1), [(100, 0)], "REQ_ONE stays inside the request");
+        let long = [extent(1 << 33, both), extent(4096, 0)];
+        assert_eq!(status(&long, u64::MAX, 100), [(0xffff_f000, both)], "nothing after a cut run");
+        let sum = [extent(1 << 31, both), extent(1 << 31, both), extent(4096, 0)];
+        assert_eq!(status(&sum, u64::MAX, 100), [(0xffff_f000, both)], "merged past 32 bits");
+    }
+}

@@ -1,0 +1,86 @@
+//! A replica device: an overlay on its own disk over the base that it stands on.
+
+use std::sync::Arc;
+
+use crate::{
+    blockdev::{
+        base::BaseImage,
+        device::{Device, Extent, Info, Provision, merge},
+    },
+    cow::{Base, Overlay, Source},
+    error::Result,
+    io::{Buf, Io},
+};
+
+/// A replica, open for reading and writing. Shared by every thread that serves it.
+pub struct Replica<I: Io> {
+    overlay: Overlay<I>,
+    base: Arc<BaseImage<I>>,
+    rotational: bool,
+}
+
+impl<I: Io> Replica<I> {
+    /// The replica of `overlay` over `base`; `rotational` if the overlay's disk turns.
+    pub fn new(overlay: Overlay<I>, base: Arc<BaseImage<I>>, rotational: bool) -> Replica<I> {
+        Replica { overlay, base, rotational }
+    }
+
+    /// The overlay, for growing, closing and figures.
+    pub fn overlay(&self) -> &Overlay<I> {
+        &self.overlay
+    }
+}
+
+impl<I: Io> Device<I> for Replica<I> {
+    fn info(&self) -> Info {
+        Info { size: self.overlay.size(), read_only: false, rotational: self.rotational }
+    }
+
+    async fn read(&self, io: &I, offset: u64, buf: Buf) -> Result<()> {
+        self.overlay.read(io, &*self.base, offset, buf).await
+    }
+
+    async fn write(&self, io: &I, offset: u64, buf: Buf) -> Result<()> {
+        self.overlay.write(io, &*self.base, offset, buf).await
+    }
+
+    async fn flush(&self, io: &I) -> Result<()> {
+        self.overlay.flush(io).await
+    }
+
+    async fn discard(&self, io: &I, offset: u64, len: u64) -> Result<()> {
+        self.overlay.discard(io, offset, len).await
+    }
+
+    async fn write_zeroes(
+        &self,
+        io: &I,
+        offset: u64,
+        len: u64,
+        provision: Provision,
+    ) -> Result<()> {
+        self.overlay.write_zeroes(io, &*self.base, offset, len, provision).await
+    }
+
+    async fn prefetch(&self, io: &I, offset: u64, len: u64) -> Result<()> {
+        // Overlays are read past the page cache; what they take from the base is worth fetching.
+        let end = (offset + len).min(Base::<I>::size(&*self.base));
+        if offset < end {
+            Device::prefetch(&*self.base, io, offset, end - offset).await?;
+        }
+        Ok(())
+    }
+
+    fn extents(&self, offset: u64, len: u64, limit: usize, extents: &mut Vec<Extent>) {
+        let Ok(segments) = self.overlay.extents(&*self.base, offset, len) else {
+            unreachable!("front ends check ranges against the size, and devices never shrink");
+        };
+        for segment in segments {
+            // What the base holds is allocated as far as a client can care: it is no zero.
+            let zero = segment.source == Source::Zero;
+            if !merge(extents, limit, Extent { len: segment.len, hole: zero, zero }) {
+                return;
+            }
+        }
+    }
+}

@@ -1,0 +1,267 @@
+//! Finding what is inconsistent, and mending what can be mended without losing anything.
+//!
+//! Invariants:
+//! - It works alone: whoever changes the catalogue waits, and imports under way are left alone.
+//! - What belongs to a disk that isn't there is never touched: a reference to a replica on such a
+//!   disk, or on one that the node doesn't know, holds.
+//! - Nothing with content is removed but what an interrupted operation left under a staging or
+//!   deleting name.
+//! - `judge` is pure; `mend` does what it was told and nothing else.
+
+use std::{collections::HashMap, sync::Arc};
+
+use uuid::Uuid;
+
+use super::{
+    claims::{Mode, Object},
+    disk::Disk,
+    name::Name,
+    node::Node,
+    record::{self, FORMAT, RefRecord},
+    report::base_missing,
+    scan::{self, Contents, Finding, Mend, Spot},
+    status::{FsckReport, Problem, UserState},
+    view::{Replica, View},
+};
+use crate::error::{Error, Kind, Result};
+
+/// Whether problems are only told.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Repair {
+    /// Told only.
+    Report,
+    /// Mended, where that is possible.
+    Mend,
+}
+
+impl Node {
+    /// Looks at every disk that is there.
+    pub fn fsck(&self, repair: Repair) -> Result<FsckReport> {
+        let wants = vec![(Object::Catalogue, Mode::Alone), (Object::Disks, Mode::Alone)];
+        let (_claimed, (disks, live)) = self.0.claim("the catalogue", |view| {
+            let here = view
+                .disks
+                .iter()
+                .filter_map(|slot| slot.here().map(|disk| (slot.known.name.clone(), disk.clone())));
+            Ok((wants.clone(), (here.collect::<Vec<_>>(), view.live.clone())))
+        })?;
+        let mut report = FsckReport { missing: self.0.view().missing(), ..FsckReport::default() };
+        let mut findings = Vec::new();
+        let mut twice = Twice::default();
+        for (name, disk) in &disks {
+            match scan::disk(disk, &live) {
+                Ok(mut contents) => {
+                    findings.append(&mut contents.findings);
+                    twice.note(name, &contents);
+                    self.0.view().attach(disk.id, contents);
+                    report.disks.push(name.clone());
+                }
+                Err(error) => findings.push(Finding {
+                    object: format!("disk {name}"),
+                    what: error.to_string(),
+                    remedy: "check the disk and its file system".to_owned(),
+                    mend: None,
+                }),
+            }
+        }
+        findings.extend(twice.findings());
+        findings.extend(judge(&self.0.view()));
+        let mut mended_any = false;
+        for finding in findings {
+            let mut problem = Problem {
+                object: finding.object,
+                what: finding.what,
+                remedy: finding.remedy,
+                mendable: finding.mend.is_some(),
+                mended: false,
+            };
+            if let (Repair::Mend, Some(mend)) = (repair, &finding.mend) {
+                match apply(&disks, mend) {
+                    Ok(()) => problem.mended = true,
+                    Err(error) => problem.remedy += &format!(" (tried, and failed: {error})"),
+                }
+                mended_any |= problem.mended;
+            }
+            report.problems.push(problem);
+        }
+        if mended_any {
+            for (_, disk) in &disks {
+                if let Ok(contents) = scan::disk(disk, &live) {
+                    self.0.view().attach(disk.id, contents);
+                }
+            }
+        }
+        Ok(report)
+    }
+}
+
+/// Ids of replicas, to find those that two disks hold.
+#[derive(Default)]
+struct Twice(HashMap<Uuid, Vec<Name>>);
+
+impl Twice {
+    fn note(&mut self, disk: &Name, contents: &Contents) {
+        for replica in &contents.replicas {
+            self.0.entry(replica.record.id).or_default().push(disk.clone());
+        }
+    }
+
+    fn findings(self) -> impl Iterator<Item = Finding> {
+        self.0.into_iter().filter(|(_, disks)| disks.len() > 1).map(|(id, disks)| Finding {
+            object: format!("replica {id}"),
+            what: format!("it is on disks {} and {}", disks[0], disks[1]),
+            remedy: "move one of the two directories away".to_owned(),
+            mend: None,
+        })
+    }
+}
+
+/// What is wrong between objects, each of which is sound by itself.
+fn judge(view: &View) -> Vec<Finding> {
+    let mut findings = Vec::new();
+    judge_references(view, &mut findings);
+    judge_replicas(view, &mut findings);
+    judge_image_names(view, &mut findings);
+    findings
+}
+
+/// References whose replica isn't there, or that can't be read.
+fn judge_references(view: &View, findings: &mut Vec<Finding>) {
+    for (digest, image) in &view.images {
+        for copy in &image.copies {
+            for (id, reference) in &copy.found.refs {
+                let RefRecord { name, disk, disk_name, .. } = &reference.record;
+                let object = format!("reference of replica {name} to image {digest}");
+                let spot = Spot::reference(copy.disk, *digest, *id);
+                match view.user_state(*digest, *id, reference) {
+                    UserState::Leaked => findings.push(Finding {
+                        object,
+                        what: format!("disk {disk_name} is there, and has no such replica"),
+                        remedy: "remove it".to_owned(),
+                        mend: Some(Mend::DropReference(spot)),
+                    }),
+                    UserState::Present if reference.damaged => {
+                        let replica = view.replicas.get(id);
+                        let record = replica.and_then(|replica| new_reference(view, replica));
+                        findings.push(Finding {
+                            object,
+                            what: "it can't be read, and its replica is there".to_owned(),
+                            remedy: "write it anew".to_owned(),
+                            mend: record.map(|r| Mend::AddReference(spot, Box::new(r))),
+                        });
+                    }
+                    UserState::Away if !reference.damaged && view.slot(*disk).is_none() => {
+                        findings.push(Finding {
+                            object,
+                            what: format!("this node doesn't know disk {disk_name}, where it is"),
+                            remedy: format!(
+                                "add that disk, or give the replica up with `underlay replica rm \
+                                 {id}`"
+                            ),
+                            mend: None,
+                        });
+                    }
+                    UserState::Present | UserState::Away => {}
+                }
+            }
+        }
+    }
+}
+
+/// Replicas without a reference or a base, or hidden by another's name.
+fn judge_replicas(view: &View, findings: &mut Vec<Finding>) {
+    for (id, replica) in &view.replicas {
+        let record = &replica.record;
+        let object = format!("replica {}", record.name);
+        match view.images.get(&record.image.digest) {
+            None => findings.push(Finding {
+                object: object.clone(),
+                what: base_missing(view, record),
+                remedy: "nothing is lost: it is ready again once the image is there".to_owned(),
+                mend: None,
+            }),
+            Some(image) if !image.refs().contains_key(id) => {
+                let copy = image.ready().or(image.copies.first());
+                let reference = new_reference(view, replica);
+                let mend = copy.zip(reference).map(|(copy, reference)| {
+                    let spot = Spot::reference(copy.disk, record.image.digest, *id);
+                    Mend::AddReference(spot, Box::new(reference))
+                });
+                findings.push(Finding {
+                    object: object.clone(),
+                    what: format!("its image {} has no reference of it", record.image.name),
+                    remedy: "write the reference".to_owned(),
+                    mend,
+                });
+            }
+            Some(_) => {}
+        }
+        if view.replica_named(&record.name) != Some(*id) {
+            findings.push(Finding {
+                object,
+                what: "an older replica has the same name".to_owned(),
+                remedy: format!("it is reached as {id}; remove one of the two"),
+                mend: None,
+            });
+        }
+    }
+}
+
+/// Names that several images claim.
+fn judge_image_names(view: &View, findings: &mut Vec<Finding>) {
+    for (digest, image) in &view.images {
+        for name in image.names() {
+            if let Some(holder) = view.image_named(&name)
+                && holder != *digest
+            {
+                findings.push(Finding {
+                    object: format!("image {digest}"),
+                    what: format!("its name {name} is also that of image {holder}, which is older"),
+                    remedy: format!("it is reached as {digest}; remove one of the two"),
+                    mend: None,
+                });
+            }
+        }
+    }
+}
+
+fn new_reference(view: &View, replica: &Replica) -> Option<RefRecord> {
+    Some(RefRecord {
+        format: FORMAT,
+        replica: replica.record.id,
+        name: replica.record.name.clone(),
+        disk: replica.disk,
+        disk_name: view.disk_name(replica.disk)?.clone(),
+        size: replica.record.size,
+        created: replica.record.created,
+    })
+}
+
+fn apply(disks: &[(Name, Arc<Disk>)], mend: &Mend) -> Result<()> {
+    let (Mend::Leftover(spot)
+    | Mend::Mode(spot, _)
+    | Mend::DropReference(spot)
+    | Mend::AddReference(spot, _)) = mend;
+    let disk = disks.iter().find(|(_, disk)| disk.id == spot.disk);
+    let (_, disk) = disk.ok_or_else(|| Error::new(Kind::Unavailable, "its disk is gone"))?;
+    let name = &spot.name;
+    match mend {
+        Mend::Leftover(_) => disk.walk(&spot.dir)?.remove_tree(name),
+        Mend::Mode(_, mode) => disk.walk(&spot.dir)?.set_mode(name, *mode),
+        Mend::DropReference(_) => {
+            let refs = disk.walk(&spot.dir)?;
+            refs.unlink_if_there(name)?;
+            refs.sync()
+        }
+        Mend::AddReference(_, record) => {
+            let (last, parents) = spot
+                .dir
+                .split_last()
+                .ok_or_else(|| Error::new(Kind::Invalid, "a reference has a directory"))?;
+            let refs = disk.walk(parents)?.ensure(last)?;
+            let name = name.to_str().ok_or_else(|| Error::new(Kind::Invalid, "a name"))?;
+            record::write(&refs, name, record.as_ref())
+        }
+    }
+}

@@ -1,0 +1,232 @@
+//! Images: looking them up, naming them, opening and removing them.
+//!
+//! Invariants:
+//! - An image goes only when nothing stands on it, as far as any disk that is there can tell.
+//! - A copy that goes is renamed out of sight first: it is there whole, or not at all.
+
+use std::{fs::File, path::PathBuf, sync::Arc};
+
+use nix::fcntl::OFlag;
+use serde::{Deserialize, Serialize};
+use uuid::Uuid;
+
+use super::{
+    claims::{Mode, Object},
+    dir::Dir,
+    disk::{CHUNKS, DATA, Disk, IMAGE_JSON},
+    name::{Digest, Name},
+    node::Node,
+    record::{self, ImageRecord, NAMES_MAX},
+    scan::DELETING,
+    status::{ImageUser, UserState},
+    view::{Image, listed},
+};
+use crate::error::{Context, Error, Kind, Result};
+
+/// A copy of an image, ready to be read.
+#[derive(Debug)]
+pub struct OpenCopy {
+    /// The image's identity.
+    pub digest: Digest,
+    /// The image's size, in bytes.
+    pub size: u64,
+    /// The disk that the copy is on.
+    pub disk: Name,
+    /// Its content, read only; exactly `size` bytes when it was opened.
+    pub data: File,
+    /// The table of its chunks' checksums.
+    pub chunks: File,
+    /// Where the content is, for messages.
+    pub path: PathBuf,
+    dir: Dir,
+}
+
+impl OpenCopy {
+    /// Opens the content once more, read only, with `flags` (such as `O_DIRECT`) beside.
+    pub fn reopen_data(&self, flags: OFlag) -> Result<File> {
+        self.dir.file(DATA, OFlag::O_RDONLY | flags)
+    }
+}
+
+/// What became of an image when a name was taken from it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum Unnamed {
+    /// It has other names, and is there.
+    Kept,
+    /// That was its last name: its copies are gone.
+    Removed,
+}
+
+impl Node {
+    /// Opens a copy of the image of this name or digest for reading: the first that serves.
+    pub fn open_copy(&self, image: &Name) -> Result<OpenCopy> {
+        let (digest, size, disk, disk_name) = {
+            let view = self.0.view();
+            let (digest, found) = view.image(image)?;
+            let Some(copy) = found.ready() else { return Err(no_copy(image, found)) };
+            let slot = view.slot(copy.disk);
+            let disk = slot.and_then(|slot| slot.here().cloned());
+            let name = slot.map_or_else(Name::unknown, |slot| slot.known.name.clone());
+            (digest, copy.found.record.size, disk, name)
+        };
+        let gone = || Error::new(Kind::Unavailable, format!("disk {disk_name} is gone"));
+        let disk = disk.ok_or_else(gone)?;
+        let open = || -> Result<OpenCopy> {
+            let dir = disk.copy(digest)?;
+            let data = dir.file(DATA, OFlag::O_RDONLY)?;
+            let path = dir.path().join(DATA);
+            let len = data.metadata().context(|| format!("looking at {}", path.display()))?.len();
+            if len != size {
+                return Err(Error::new(
+                    Kind::Corrupt,
+                    format!(
+                        "{} has {len} bytes instead of {size}: import the image again",
+                        path.display()
+                    ),
+                ));
+            }
+            let chunks = dir.file(CHUNKS, OFlag::O_RDONLY)?;
+            Ok(OpenCopy { digest, size, disk: disk_name.clone(), data, chunks, path, dir })
+        };
+        open().map_err(|error| error.within(format!("image {image}")))
+    }
+
+    /// Takes a name from an image; with its last name the image goes. One that is in use keeps its
+    /// last name, and the error names the users.
+    pub fn remove_image(&self, name: &Name) -> Result<Unnamed> {
+        let (_claimed, (digest, names, disks)) = self.0.claim(format!("image {name}"), |view| {
+            let (digest, image) = view.image(name)?;
+            let mut names = image.names();
+            // By its digest an image is removed whatever it is called.
+            if names.contains(name) {
+                names.retain(|other| other != name);
+            } else {
+                names.clear();
+            }
+            let users = view.users(digest);
+            if names.is_empty() && !users.is_empty() {
+                return Err(in_use(name, &users));
+            }
+            let copies = image.copies.iter().map(|copy| copy.disk);
+            let disks: Vec<Arc<Disk>> = copies.filter_map(|id| view.here(id).cloned()).collect();
+            let mut wants = vec![
+                (Object::Catalogue, Mode::Shared),
+                (Object::ImageName(name.clone()), Mode::Alone),
+                (Object::Image(digest), Mode::Alone),
+            ];
+            wants.extend(disks.iter().map(|disk| (Object::Disk(disk.id), Mode::Shared)));
+            Ok((wants, (digest, names, disks)))
+        })?;
+        let within = |error: Error| error.within(format!("image {name}"));
+        if !names.is_empty() {
+            for disk in &disks {
+                self.change_names(disk, digest, |names| names.retain(|other| other != name))
+                    .map_err(within)?;
+            }
+            return Ok(Unnamed::Kept);
+        }
+        for disk in &disks {
+            disk.check_writable().map_err(within)?;
+        }
+        for disk in disks {
+            self.remove_copy(&disk, digest).map_err(within)?;
+        }
+        Ok(Unnamed::Removed)
+    }
+
+    /// Removes one copy: out of sight durably, then its files.
+    fn remove_copy(&self, disk: &Disk, digest: Digest) -> Result<()> {
+        let doomed = format!("{DELETING}{}", Uuid::new_v4());
+        self.0.view().live.insert(doomed.clone().into());
+        let removed = disk
+            .images
+            .rename(digest.to_string(), &doomed)
+            .and_then(|()| {
+                let mut view = self.0.view();
+                if let Some(image) = view.images.get_mut(&digest) {
+                    image.copies.retain(|copy| copy.disk != disk.id);
+                }
+                view.images.retain(|_, image| !image.copies.is_empty());
+                view.index();
+                Ok(())
+            })
+            .and_then(|()| disk.images.sync())
+            .and_then(|()| disk.images.remove_tree(&doomed));
+        self.0.view().live.remove(std::ffi::OsStr::new(&doomed));
+        removed
+    }
+
+    /// Gives an image one more name; the caller has claimed both.
+    pub(crate) fn add_image_name(&self, digest: Digest, name: &Name) -> Result<()> {
+        let disks: Vec<Arc<Disk>> = {
+            let view = self.0.view();
+            let image = view.images.get(&digest);
+            let copies = image.iter().flat_map(|image| &image.copies);
+            copies.filter_map(|copy| view.here(copy.disk).cloned()).collect()
+        };
+        for disk in disks {
+            self.change_names(&disk, digest, |names| {
+                if !names.contains(name) {
+                    names.push(name.clone());
+                }
+            })?;
+        }
+        Ok(())
+    }
+
+    /// Changes the names in a copy's record, if that makes a difference.
+    fn change_names(
+        &self,
+        disk: &Disk,
+        digest: Digest,
+        change: impl FnOnce(&mut Vec<Name>),
+    ) -> Result<()> {
+        let dir = disk.copy(digest)?;
+        let mut record: ImageRecord = record::read(&dir, IMAGE_JSON)?;
+        let before = record.names.clone();
+        change(&mut record.names);
+        if record.names == before {
+            return Ok(());
+        }
+        if record.names.len() > NAMES_MAX {
+            let what = format!("image {digest} has {NAMES_MAX} names: remove one first");
+            return Err(Error::new(Kind::Invalid, what));
+        }
+        record::write(&dir, IMAGE_JSON, &record)?;
+        let mut view = self.0.view();
+        if let Some(copy) = view.copies_mut(digest).find(|copy| copy.disk == disk.id) {
+            copy.found.record = record;
+        }
+        view.index();
+        Ok(())
+    }
+}
+
+/// The error for an image none of whose copies serves.
+pub(crate) fn no_copy(name: &Name, image: &Image) -> Error {
+    let faults: Vec<_> = image.copies.iter().filter_map(|copy| copy.found.fault.clone()).collect();
+    Error::new(
+        Kind::Corrupt,
+        format!("image {name}: no copy serves ({}): import it again", listed(&faults)),
+    )
+}
+
+fn in_use(name: &Name, users: &[ImageUser]) -> Error {
+    let mut text = format!("image {name} is in use by ");
+    let told: Vec<_> = users
+        .iter()
+        .map(|user| match user.state {
+            UserState::Present => format!("replica {} on disk {}", user.name, user.disk),
+            UserState::Away => {
+                format!("replica {} on disk {}, which isn't there", user.name, user.disk)
+            }
+            UserState::Leaked => format!(
+                "a reference to replica {}, which isn't there (`underlay fsck --repair` removes it)",
+                user.name
+            ),
+        })
+        .collect();
+    text += &listed(&told);
+    Error::new(Kind::InUse, text + "; remove what stands on it first")
+}

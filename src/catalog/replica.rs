@@ -1,0 +1,359 @@
+//! Replicas: making, opening, growing and removing them.
+//!
+//! Invariants:
+//! - Making one: the reference is durable before the replica appears, whole, by one rename. Removing
+//!   one: the replica is durably out of sight before the reference goes. A crash in between leaves a
+//!   reference too many, never one too few.
+//! - The cost of making one depends on neither size: `data` is a hole and `map` is given by the
+//!   caller.
+//! - What a replica holds is the overlay's: here only its files' names and their record are known.
+
+use std::{ffi::OsString, fs::File, path::Path, sync::Arc};
+
+use nix::fcntl::OFlag;
+use serde::{Deserialize, Serialize};
+use uuid::Uuid;
+
+use super::{
+    claims::{Mode, Object, Want},
+    dir::Dir,
+    disk::{DATA, Disk, MAP, REFS, REPLICA_JSON},
+    image::no_copy,
+    name::{Digest, Name},
+    node::Node,
+    record::{self, Base, FORMAT, RefRecord, ReplicaRecord},
+    scan::{DELETING, Reference, STAGING, ref_file},
+    status::ReplicaStatus,
+    view::{Image, Replica, View},
+};
+use crate::{
+    error::{Error, Kind, Result},
+    units::SECTOR,
+};
+
+/// The largest replica, in bytes.
+pub const REPLICA_MAX: u64 = 64 << 40;
+
+/// A replica to be made.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct NewReplica {
+    /// What it shall be called.
+    pub name: Name,
+    /// The image it stands on: a name or a digest.
+    pub image: Name,
+    /// The disk that its overlay lies on.
+    pub disk: Name,
+    /// Its size in bytes; the image's by default, never less, a multiple of 512.
+    pub size: Option<u64>,
+}
+
+/// What became of a replica that was removed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum Removed {
+    /// It is gone.
+    Whole,
+    /// Its disk isn't there: it no longer holds its image, and its files are where they were.
+    ReferenceOnly,
+}
+
+/// A replica's files, to be opened as its overlay needs them.
+#[derive(Debug)]
+pub struct OpenReplica {
+    /// Its identity; the overlay's, too.
+    pub id: Uuid,
+    /// Its name.
+    pub name: Name,
+    /// Its disk.
+    pub disk: Name,
+    /// The image that it stands on.
+    pub digest: Digest,
+    /// The size in its record; the overlay's own is the one that counts.
+    pub size: u64,
+    dir: Dir,
+}
+
+impl OpenReplica {
+    /// Opens `data` for reading and writing, with `flags` (such as `O_DIRECT`) beside.
+    pub fn open_data(&self, flags: OFlag) -> Result<File> {
+        self.open(DATA, flags)
+    }
+
+    /// Opens `map` for reading and writing, with `flags` beside.
+    pub fn open_map(&self, flags: OFlag) -> Result<File> {
+        self.open(MAP, flags)
+    }
+
+    /// Its directory, for messages.
+    pub fn path(&self) -> &Path {
+        self.dir.path()
+    }
+
+    fn open(&self, file: &str, flags: OFlag) -> Result<File> {
+        let opened = self.dir.file(file, OFlag::O_RDWR | flags);
+        opened.map_err(|error| error.within(format!("replica {}", self.name)))
+    }
+}
+
+/// All that making a replica needs, found out at once.
+struct Plan {
+    disk: Arc<Disk>,
+    copy: Arc<Disk>,
+    reference: RefRecord,
+    record: ReplicaRecord,
+}
+
+impl Node {
+    /// Makes a replica. `map` gives the first bytes of the map of an overlay of that id and size.
+    pub fn create_replica(
+        &self,
+        new: NewReplica,
+        map: impl FnOnce(Uuid, u64) -> Vec<u8>,
+    ) -> Result<ReplicaStatus> {
+        new.name.for_new()?;
+        let within = |error: Error| error.within(format!("replica {}", new.name));
+        let id = Uuid::new_v4();
+        let (_claimed, plan) = self.0.claim(format!("replica {}", new.name), |view| {
+            let plan = plan(view, &new, id).map_err(within)?;
+            let wants: Vec<Want> = vec![
+                (Object::Catalogue, Mode::Shared),
+                (Object::ReplicaName(new.name.clone()), Mode::Alone),
+                (Object::Replica(id), Mode::Alone),
+                (Object::Image(plan.record.image.digest), Mode::Shared),
+                (Object::Disk(plan.disk.id), Mode::Shared),
+                (Object::Disk(plan.copy.id), Mode::Shared),
+            ];
+            Ok((wants, plan))
+        })?;
+        plan.disk.check_writable().map_err(within)?;
+        self.make(&plan, &map(id, plan.record.size)).map_err(within)?;
+        self.replica_by_id(id)
+    }
+
+    fn make(&self, plan: &Plan, map: &[u8]) -> Result<()> {
+        let Plan { disk, copy, reference, record } = plan;
+        let digest = record.image.digest;
+        let replicas = &disk.replicas;
+        let staging = OsString::from(format!("{STAGING}{}", record.id));
+        let built = put_reference(copy, digest, reference)
+            .and_then(|()| build(replicas, &staging, record, map))
+            .and_then(|()| replicas.rename(&staging, record.id.to_string()));
+        if let Err(error) = built {
+            // Nothing is visible yet: take back what was made, the reference last.
+            let undone = replicas.remove_tree(&staging);
+            let undone = undone.and_then(|()| drop_reference(copy, digest, record.id));
+            if let Err(left) = undone {
+                tracing::warn!(%left, "the rest of a replica that could not be made stays until fsck");
+            }
+            return Err(error);
+        }
+        // From here on it is there, even should the sync fail: then it is known, and the error told.
+        {
+            let mut view = self.0.view();
+            if let Some(copy) = view.copies_mut(digest).find(|found| found.disk == copy.id) {
+                let reference = Reference { record: reference.clone(), damaged: false };
+                copy.found.refs.insert(record.id, reference);
+            }
+            view.put_replica(Replica { disk: disk.id, record: record.clone(), fault: None });
+        }
+        replicas.sync()
+    }
+
+    /// Opens a replica's directory. Nothing is read yet but what the catalogue knows.
+    pub fn open_replica(&self, name: &Name) -> Result<OpenReplica> {
+        let view = self.0.view();
+        let (id, replica) = view.replica(name)?;
+        if let Some(fault) = &replica.fault {
+            let what = format!("replica {name}: {fault}: bring it back from a backup");
+            return Err(Error::new(Kind::Corrupt, what));
+        }
+        let Some(slot) = view.slot(replica.disk) else { return Err(unplaced(name)) };
+        let disk = slot.usable()?.clone();
+        let record = replica.record.clone();
+        let disk_name = slot.known.name.clone();
+        drop(view);
+        let within = |error: Error| error.within(format!("replica {name}"));
+        disk.check_writable().map_err(within)?;
+        let dir = disk.replica(id).map_err(within)?;
+        let ReplicaRecord { name, size, image, .. } = record;
+        Ok(OpenReplica { id, name, disk: disk_name, digest: image.digest, size, dir })
+    }
+
+    /// Removes a replica and then its reference. Nobody may have it open.
+    pub fn remove_replica(&self, name: &Name) -> Result<Removed> {
+        let within = |error: Error| error.within(format!("replica {name}"));
+        let what = format!("replica {name}");
+        let (_claimed, (id, digest, disk, copies)) = self.0.claim(what, |view| {
+            let (id, digest, disk) = match view.replica(name) {
+                Ok((id, replica)) => {
+                    let slot = view.slot(replica.disk).ok_or_else(|| unplaced(name))?;
+                    (id, replica.record.image.digest, Some(slot.usable()?.clone()))
+                }
+                Err(error) => match away(view, name) {
+                    Some((digest, reference)) => (reference.replica, digest, None),
+                    None => return Err(error),
+                },
+            };
+            let copies = view.images.get(&digest).map_or(&[][..], |image| &image.copies);
+            let with = copies.iter().filter(|copy| copy.found.refs.contains_key(&id));
+            let copies: Vec<Arc<Disk>> = with.filter_map(|c| view.here(c.disk).cloned()).collect();
+            let mut wants: Vec<Want> = vec![
+                (Object::Catalogue, Mode::Shared),
+                (Object::ReplicaName(name.clone()), Mode::Alone),
+                (Object::Replica(id), Mode::Alone),
+                (Object::Image(digest), Mode::Shared),
+            ];
+            let disks = disk.iter().chain(&copies);
+            wants.extend(disks.map(|disk| (Object::Disk(disk.id), Mode::Shared)));
+            Ok((wants, (id, digest, disk, copies)))
+        })?;
+        if let Some(disk) = &disk {
+            disk.check_writable().map_err(within)?;
+            self.take_away(disk, id).map_err(within)?;
+        }
+        for copy in &copies {
+            drop_reference(copy, digest, id).map_err(within)?;
+            let mut view = self.0.view();
+            if let Some(copy) = view.copies_mut(digest).find(|found| found.disk == copy.id) {
+                copy.found.refs.remove(&id);
+            }
+        }
+        Ok(if disk.is_some() { Removed::Whole } else { Removed::ReferenceOnly })
+    }
+
+    /// Renames a replica out of sight, durably, and removes its files.
+    fn take_away(&self, disk: &Disk, id: Uuid) -> Result<()> {
+        let doomed = format!("{DELETING}{id}");
+        // A replica of this id may have been removed before, and its rest still be there.
+        disk.replicas.remove_tree(&doomed)?;
+        disk.replicas.rename(id.to_string(), &doomed)?;
+        self.0.view().drop_replica(id);
+        disk.replicas.sync()?;
+        disk.replicas.remove_tree(&doomed)
+    }
+
+    /// Brings a replica's record in line with its overlay, whose size is the one that counts.
+    pub fn set_replica_size(&self, name: &Name, size: u64) -> Result<()> {
+        let (_claimed, (disk, record)) = self.0.claim(format!("replica {name}"), |view| {
+            let (id, replica) = view.replica(name)?;
+            let slot = view.slot(replica.disk).ok_or_else(|| unplaced(name))?;
+            let wants: Vec<Want> = vec![
+                (Object::Catalogue, Mode::Shared),
+                (Object::Replica(id), Mode::Alone),
+                (Object::Disk(replica.disk), Mode::Shared),
+            ];
+            Ok((wants, (slot.usable()?.clone(), replica.record.clone())))
+        })?;
+        if record.size == size {
+            return Ok(());
+        }
+        let record = ReplicaRecord { size, ..record };
+        disk.replica(record.id)
+            .and_then(|dir| record::write(&dir, REPLICA_JSON, &record))
+            .map_err(|error| error.within(format!("replica {name}")))?;
+        if let Some(replica) = self.0.view().replicas.get_mut(&record.id) {
+            replica.record = record;
+        }
+        Ok(())
+    }
+}
+
+/// The reference, by that name or id, to a replica whose disk isn't there.
+pub(crate) fn away<'a>(view: &'a View, name: &Name) -> Option<(Digest, &'a RefRecord)> {
+    let refs = view.away();
+    let named = refs.iter().find(|(_, reference)| reference.name == *name).copied();
+    named.or_else(|| refs.into_iter().find(|(_, reference)| Some(reference.replica) == name.id()))
+}
+
+/// Writes a reference beside a copy, durably.
+pub(crate) fn put_reference(disk: &Disk, digest: Digest, reference: &RefRecord) -> Result<()> {
+    let refs = disk.copy(digest)?.ensure(REFS)?;
+    record::write(&refs, &ref_file(reference.replica), reference)
+}
+
+/// Removes a reference beside a copy, durably.
+fn drop_reference(disk: &Disk, digest: Digest, id: Uuid) -> Result<()> {
+    let refs = disk.refs(digest)?;
+    refs.unlink_if_there(ref_file(id))?;
+    refs.sync()
+}
+
+/// Builds the replica's directory under its staging name: all in it is durable.
+fn build(replicas: &Dir, staging: &OsString, record: &ReplicaRecord, map: &[u8]) -> Result<()> {
+    let dir = replicas.create(staging)?;
+    dir.write_sparse(DATA, record.size)?;
+    dir.write_new(MAP, map)?;
+    dir.write_new(REPLICA_JSON, &record::bytes(record)?)?;
+    dir.sync()
+}
+
+fn plan(view: &View, new: &NewReplica, id: Uuid) -> Result<Plan> {
+    let slot = view.disk(&new.disk)?;
+    let disk = slot.usable()?.clone();
+    if slot.is_pool() {
+        let what = format!("disk {} is a pool disk: it holds images only", new.disk);
+        return Err(Error::new(Kind::Invalid, what));
+    }
+    if view.replica_named(&new.name).is_some() {
+        let what = "the name is taken: choose another, or remove that replica first";
+        return Err(Error::new(Kind::Exists, what));
+    }
+    if let Some((_, reference)) = away(view, &new.name) {
+        let what = format!(
+            "the name belongs to a replica on disk {}, which isn't there: choose another",
+            reference.disk_name
+        );
+        return Err(Error::new(Kind::Exists, what));
+    }
+    let (digest, image) = view.image(&new.image)?;
+    let Some(copy) = image.ready() else { return Err(no_copy(&new.image, image)) };
+    let base = copy.found.record.size;
+    let size = check_size(new.size, base)?;
+    let home = view.here(copy.disk).ok_or_else(|| no_copy(&new.image, image))?.clone();
+    let reference = RefRecord {
+        format: FORMAT,
+        replica: id,
+        name: new.name.clone(),
+        disk: disk.id,
+        disk_name: slot.known.name.clone(),
+        size,
+        created: record::now(),
+    };
+    let base = Base {
+        digest,
+        size: base,
+        name: called(&new.image, image),
+        disk: copy.disk,
+        disk_name: view.disk_name(copy.disk).cloned().unwrap_or_else(Name::unknown),
+    };
+    let created = reference.created;
+    let record =
+        ReplicaRecord { format: FORMAT, id, name: new.name.clone(), size, image: base, created };
+    Ok(Plan { disk, copy: home, reference, record })
+}
+
+/// What to remember an image by: its name rather than its digest.
+fn called(asked: &Name, image: &Image) -> Name {
+    let names = image.names();
+    if names.contains(asked) { asked.clone() } else { names.first().unwrap_or(asked).clone() }
+}
+
+fn check_size(asked: Option<u64>, base: u64) -> Result<u64> {
+    let size = asked.unwrap_or(base);
+    let wrong = if size == 0 {
+        "is empty".to_owned()
+    } else if !size.is_multiple_of(SECTOR) {
+        format!("is no multiple of {SECTOR}")
+    } else if size < base {
+        format!("is less than its image's {base}")
+    } else if size > REPLICA_MAX {
+        format!("is more than {REPLICA_MAX}")
+    } else {
+        return Ok(size);
+    };
+    Err(Error::new(Kind::Invalid, format!("a size of {size} bytes {wrong}: choose another")))
+}
+
+fn unplaced(name: &Name) -> Error {
+    Error::new(Kind::Unavailable, format!("replica {name}: its disk is gone"))
+}

@@ -1,0 +1,289 @@
+//! A copy that is being made, and how it becomes one.
+//!
+//! Invariants:
+//! - A staged copy is invisible, and gone when it is dropped or the process dies.
+//! - What becomes visible is whole and durable: content, checksums and record are synced before the
+//!   one rename that publishes them.
+//! - One content is one image: publishing a digest that is there already adds a name to it. A copy
+//!   that was found damaged is exchanged for the new one in one step, and keeps its references.
+
+use std::{
+    cmp::Reverse,
+    ffi::OsString,
+    path::{Path, PathBuf},
+    sync::Arc,
+};
+
+use serde::{Deserialize, Serialize};
+use uuid::Uuid;
+
+use super::{
+    claims::{Mode, Object, Want},
+    dir::{Dir, EntryKind, SEALED_MODE, kind_of},
+    disk::{CHUNKS, DATA, Disk, IMAGE_JSON, REFS},
+    name::{Digest, Name},
+    node::{Claimed, Inner, Node},
+    record::{self, FORMAT, ImageRecord, NAMES_MAX, RECORD_MAX, clip_source},
+    scan::{self, STAGING},
+    status::ImageStatus,
+    view::{Copy, Slot, View},
+};
+use crate::error::{Error, Kind, Result};
+
+/// References that a copy takes over from the damaged one in whose place it comes.
+const ADOPTED_MAX: usize = 65_536;
+
+/// What is known of an image once it has been read.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ImageMeta {
+    /// What it shall be called.
+    pub name: Name,
+    /// Its identity.
+    pub digest: Digest,
+    /// Bytes that its readers see; the length of the data file.
+    pub size: u64,
+    /// Where it came from; clipped if very long.
+    pub source: String,
+    /// SHA-256 of the source as given.
+    pub source_sha256: Option<Digest>,
+}
+
+/// A copy that is being made: a private directory, into which the importer writes `data` and
+/// `chunks`. Dropping it removes all of it.
+pub struct StagedCopy {
+    inner: Arc<Inner>,
+    disk: Arc<Disk>,
+    disk_name: Name,
+    dir: Dir,
+    data: PathBuf,
+    chunks: PathBuf,
+    name: OsString,
+    /// Keeps the disk from being removed meanwhile.
+    _claimed: Claimed,
+}
+
+impl Node {
+    /// Begins a copy on `disk`, or on the disk that suits best: a pool disk before others, then
+    /// the one with the most free space; never one with less than `need_bytes`.
+    pub fn stage_copy(&self, disk: Option<&Name>, need_bytes: u64) -> Result<StagedCopy> {
+        let disks: Vec<(Arc<Disk>, Name, bool)> = {
+            let view = self.0.view();
+            match disk {
+                Some(name) => vec![candidate(view.disk(name)?)?],
+                None => view.disks.iter().filter_map(|slot| candidate(slot).ok()).collect(),
+            }
+        };
+        if disks.is_empty() {
+            let what = "no disk is there to hold an image: give one with `underlay disk add`";
+            return Err(Error::new(Kind::Unavailable, what));
+        }
+        let (disk, name) = choose(disks, need_bytes)?;
+        let wants: Vec<Want> = vec![(Object::Disk(disk.id), Mode::Shared)];
+        let staging = OsString::from(format!("{STAGING}{}", Uuid::new_v4()));
+        let (claimed, ()) = self.0.claim(format!("disk {name}"), |view| {
+            view.disk(&name)?.usable()?;
+            Ok((wants.clone(), ()))
+        })?;
+        self.0.view().live.insert(staging.clone());
+        let dir = match disk.images.create(&staging) {
+            Ok(dir) => dir,
+            Err(error) => {
+                self.0.view().live.remove(&staging);
+                return Err(error.within(format!("disk {name}")));
+            }
+        };
+        Ok(StagedCopy {
+            inner: self.0.clone(),
+            disk,
+            disk_name: name,
+            data: dir.path().join(DATA),
+            chunks: dir.path().join(CHUNKS),
+            dir,
+            name: staging,
+            _claimed: claimed,
+        })
+    }
+}
+
+impl StagedCopy {
+    /// The directory that is the importer's own.
+    pub fn path(&self) -> &Path {
+        self.dir.path()
+    }
+
+    /// Where the image's content goes: a sparse file of exactly its size.
+    pub fn data_path(&self) -> &Path {
+        &self.data
+    }
+
+    /// Where the table of its chunks' checksums goes.
+    pub fn chunks_path(&self) -> &Path {
+        &self.chunks
+    }
+
+    /// The disk that it is made on.
+    pub fn disk(&self) -> &Name {
+        &self.disk_name
+    }
+
+    /// Makes the copy visible under its name, or, if this content is there already, gives that
+    /// image the name too and drops what was staged.
+    pub fn publish(self, meta: ImageMeta) -> Result<ImageStatus> {
+        meta.name.for_new()?;
+        self.seal(&meta)?;
+        let ImageMeta { name, digest, .. } = &meta;
+        let node = Node(self.inner.clone());
+        let (claimed, present) = self.inner.claim(format!("image {name}"), |view| {
+            check_name(view, name, *digest)?;
+            let image = view.images.get(digest);
+            let mut wants = vec![
+                (Object::Catalogue, Mode::Shared),
+                (Object::ImageName(name.clone()), Mode::Alone),
+                (Object::Image(*digest), Mode::Alone),
+            ];
+            let disks = image.iter().flat_map(|image| &image.copies).map(|copy| copy.disk);
+            wants.extend(disks.map(|disk| (Object::Disk(disk), Mode::Shared)));
+            wants.dedup();
+            Ok((wants, image.is_some_and(|image| image.ready().is_some())))
+        })?;
+        if present {
+            node.add_image_name(*digest, name)?;
+        } else {
+            self.appear(&meta).map_err(|error| error.within(format!("image {name}")))?;
+        }
+        drop(claimed);
+        node.image_by_digest(*digest)
+    }
+
+    /// Checks what the importer made, and makes it durable.
+    fn seal(&self, meta: &ImageMeta) -> Result<()> {
+        for (file, size) in [(DATA, Some(meta.size)), (CHUNKS, None)] {
+            let stat = self.dir.stat(file)?.filter(|stat| kind_of(stat) == EntryKind::File);
+            let right = |len: i64| size.is_none_or(|size| u64::try_from(len) == Ok(size));
+            if !stat.is_some_and(|stat| right(stat.st_size)) {
+                return Err(Error::new(
+                    Kind::Invalid,
+                    format!("image {}: the import left no whole `{file}` file", meta.name),
+                ));
+            }
+            self.dir.set_mode(file, SEALED_MODE)?;
+            self.dir.sync_file(file)?;
+        }
+        self.dir.ensure(REFS)?.sync()
+    }
+
+    /// Takes its place among the images of its disk.
+    fn appear(&self, meta: &ImageMeta) -> Result<()> {
+        let record = ImageRecord {
+            format: FORMAT,
+            names: vec![meta.name.clone()],
+            digest: meta.digest,
+            size: meta.size,
+            source: clip_source(&meta.source),
+            source_sha256: meta.source_sha256,
+            created: record::now(),
+        };
+        let images = &self.disk.images;
+        let place = meta.digest.to_string();
+        let replaced = match images.stat(&place)? {
+            None => None,
+            Some(_) => Some(images.open(&place)?),
+        };
+        let record = match &replaced {
+            Some(damaged) => self.adopt(damaged, record)?,
+            None => record,
+        };
+        // Written by `replace`, whose last step makes all names in here durable.
+        record::write(&self.dir, IMAGE_JSON, &record)?;
+        match replaced {
+            // What was staged now bears the damaged copy, and goes with it.
+            Some(_) => images.exchange(&self.name, &place)?,
+            None => images.rename(&self.name, &place)?,
+        }
+        images.sync()?;
+        let found = scan::copy(&self.disk, meta.digest)?.ok_or_else(|| {
+            Error::new(Kind::Corrupt, "its copy can't be read right after it was written")
+        })?;
+        let mut view = self.inner.view();
+        view.put_copy(Copy { disk: self.disk.id, found });
+        view.index();
+        Ok(())
+    }
+
+    /// Takes over the references of the damaged copy, and its names.
+    fn adopt(&self, damaged: &Dir, mut record: ImageRecord) -> Result<ImageRecord> {
+        if let Ok(old) = record::read::<ImageRecord>(damaged, IMAGE_JSON)
+            && old.digest == record.digest
+        {
+            let others = old.names.into_iter().filter(|name| !record.names.contains(name));
+            let room = NAMES_MAX - record.names.len();
+            let others: Vec<_> = others.take(room).collect();
+            record.names.extend(others);
+            record.created = old.created;
+        }
+        let old = match damaged.open(REFS) {
+            Err(error) if error.kind() == Kind::NotFound => return Ok(record),
+            other => other?,
+        };
+        let new = self.dir.open(REFS)?;
+        for entry in old.entries(ADOPTED_MAX)? {
+            if entry.kind == EntryKind::File {
+                new.write_new(&entry.name, &old.read(&entry.name, RECORD_MAX)?)?;
+            }
+        }
+        new.sync()?;
+        Ok(record)
+    }
+}
+
+impl Drop for StagedCopy {
+    fn drop(&mut self) {
+        if let Err(error) = self.disk.images.remove_tree(&self.name) {
+            tracing::warn!(disk = %self.disk_name, %error, "an unfinished copy stays until fsck");
+        }
+        self.inner.view().live.remove(&self.name);
+    }
+}
+
+/// Refuses a name that another image has.
+pub(crate) fn check_name(view: &View, name: &Name, digest: Digest) -> Result<()> {
+    match view.image_named(name) {
+        Some(other) if other != digest => Err(Error::new(
+            Kind::Exists,
+            format!("image {name}: the name is taken by image {other}: choose another"),
+        )),
+        _ => Ok(()),
+    }
+}
+
+fn candidate(slot: &Slot) -> Result<(Arc<Disk>, Name, bool)> {
+    Ok((slot.usable()?.clone(), slot.known.name.clone(), slot.is_pool()))
+}
+
+fn choose(disks: Vec<(Arc<Disk>, Name, bool)>, need: u64) -> Result<(Arc<Disk>, Name)> {
+    let mut found = Vec::new();
+    let mut refused = None;
+    for (disk, name, pool) in disks {
+        match disk.home.space() {
+            Ok(space) if !space.read_only && space.free >= need => {
+                found.push((Reverse(pool), Reverse(space.free), name, disk));
+            }
+            Ok(_) => {
+                let full = || {
+                    let what = format!("disk {name}: an image needs {need} bytes there");
+                    Error::new(
+                        Kind::NoSpace,
+                        what + ", and fewer are free: free some, or choose another disk",
+                    )
+                };
+                refused = Some(disk.check_writable().err().unwrap_or_else(full));
+            }
+            Err(error) => refused = Some(error.within(format!("disk {name}"))),
+        }
+    }
+    found.sort_by(|a, b| (&a.0, &a.1, &a.2).cmp(&(&b.0, &b.1, &b.2)));
+    match found.into_iter().next() {
+        Some((.., name, disk)) => Ok((disk, name)),
+        None => Err(refused.unwrap_or_else(|| Error::new(Kind::NoSpace, "no disk has room"))),
+    }
+}

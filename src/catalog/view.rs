@@ -1,0 +1,352 @@
+//! What is on all disks together, in memory: built from their contents, and changed after each
+//! durable change to them.
+//!
+//! Invariants:
+//! - The view does no I/O.
+//! - One name leads to at most one image and one replica. Where two disks that were brought together
+//!   claim the same name, the older object has it and the other is reached by its id or digest.
+//! - An image is used by whatever refers to it *and* by every replica that says it stands on it: a
+//!   lost reference doesn't make a base removable.
+
+use std::{
+    collections::{BTreeMap, HashMap, HashSet},
+    ffi::OsString,
+    sync::Arc,
+};
+
+use uuid::Uuid;
+
+use super::{
+    claims::Claims,
+    disk::{Absence, Disk},
+    name::{Digest, Name},
+    record::{DiskRecord, KnownDisk, RefRecord, ReplicaRecord},
+    scan::{Contents, CopyFound, Reference, ReplicaFound},
+    status::{CopyState, ImageUser, UserState},
+};
+use crate::error::{Error, Kind, Result};
+
+/// The view.
+#[derive(Debug, Default)]
+pub(crate) struct View {
+    /// In the order in which they were added.
+    pub disks: Vec<Slot>,
+    pub images: BTreeMap<Digest, Image>,
+    pub replicas: BTreeMap<Uuid, Replica>,
+    pub claims: Claims,
+    /// Staging directories that somebody is at work in.
+    pub live: HashSet<OsString>,
+    /// Replicas that are there and can't be understood, and their disk.
+    damaged: HashMap<Uuid, Uuid>,
+    image_names: HashMap<Name, Digest>,
+    replica_names: HashMap<Name, Uuid>,
+}
+
+/// A disk that the node knows.
+#[derive(Debug)]
+pub(crate) struct Slot {
+    pub known: KnownDisk,
+    pub at: Attachment,
+}
+
+/// Whether a disk is there.
+#[derive(Debug)]
+pub(crate) enum Attachment {
+    Here(Arc<Disk>, DiskRecord),
+    Away(Absence),
+}
+
+/// An image.
+#[derive(Debug)]
+pub(crate) struct Image {
+    /// In the order of the disks; never empty.
+    pub copies: Vec<Copy>,
+}
+
+/// A copy of an image, on a disk that is there.
+#[derive(Debug)]
+pub(crate) struct Copy {
+    pub disk: Uuid,
+    pub found: CopyFound,
+}
+
+/// A replica, on a disk that is there.
+#[derive(Debug)]
+pub(crate) struct Replica {
+    pub disk: Uuid,
+    pub record: ReplicaRecord,
+    pub fault: Option<String>,
+}
+
+impl Slot {
+    /// The disk, if it is there.
+    pub(crate) fn here(&self) -> Option<&Arc<Disk>> {
+        match &self.at {
+            Attachment::Here(disk, _) => Some(disk),
+            Attachment::Away(_) => None,
+        }
+    }
+
+    /// The disk, or why it can't be used.
+    pub(crate) fn usable(&self) -> Result<&Arc<Disk>> {
+        match &self.at {
+            Attachment::Here(disk, _) => Ok(disk),
+            Attachment::Away(absence) => Err(Error::new(
+                Kind::Unavailable,
+                format!("disk {} can't be used: {}", self.known.name, absence.reason),
+            )),
+        }
+    }
+
+    /// Whether it takes images only.
+    pub(crate) fn is_pool(&self) -> bool {
+        matches!(&self.at, Attachment::Here(_, record) if record.pool)
+    }
+}
+
+impl Copy {
+    /// Whether it serves.
+    pub(crate) fn state(&self) -> CopyState {
+        if self.found.fault.is_none() { CopyState::Ready } else { CopyState::Failed }
+    }
+}
+
+impl Image {
+    /// The names of the image, from all its copies.
+    pub(crate) fn names(&self) -> Vec<Name> {
+        let mut names = Vec::new();
+        for name in self.copies.iter().flat_map(|copy| &copy.found.record.names) {
+            if !names.contains(name) {
+                names.push(name.clone());
+            }
+        }
+        names
+    }
+
+    /// A copy that serves, the first of them.
+    pub(crate) fn ready(&self) -> Option<&Copy> {
+        self.copies.iter().find(|copy| copy.state() == CopyState::Ready)
+    }
+
+    /// References beside any of the copies.
+    pub(crate) fn refs(&self) -> BTreeMap<Uuid, &Reference> {
+        let mut refs: BTreeMap<Uuid, &Reference> = BTreeMap::new();
+        for (id, reference) in self.copies.iter().flat_map(|copy| &copy.found.refs) {
+            let known = refs.entry(*id).or_insert(reference);
+            if known.damaged {
+                *known = reference;
+            }
+        }
+        refs
+    }
+}
+
+impl View {
+    /// The disk of this id, among those that the node knows.
+    pub(crate) fn slot(&self, id: Uuid) -> Option<&Slot> {
+        self.disks.iter().find(|slot| slot.known.id == id)
+    }
+
+    /// The disk of this id, if it is there.
+    pub(crate) fn here(&self, id: Uuid) -> Option<&Arc<Disk>> {
+        self.slot(id)?.here()
+    }
+
+    /// The disk of this name, or id.
+    pub(crate) fn disk(&self, name: &Name) -> Result<&Slot> {
+        let named = self.disks.iter().find(|slot| slot.known.name == *name);
+        named.or_else(|| self.slot(name.id()?)).ok_or_else(|| {
+            Error::new(
+                Kind::NotFound,
+                format!("no disk {name} on this node: see `underlay disk list`"),
+            )
+        })
+    }
+
+    /// The name of a disk, if the node knows it.
+    pub(crate) fn disk_name(&self, id: Uuid) -> Option<&Name> {
+        self.slot(id).map(|slot| &slot.known.name)
+    }
+
+    /// Names of the disks that are not there.
+    pub(crate) fn missing(&self) -> Vec<Name> {
+        let away = self.disks.iter().filter(|slot| slot.here().is_none());
+        away.map(|slot| slot.known.name.clone()).collect()
+    }
+
+    /// The image of this name, or digest.
+    pub(crate) fn image(&self, name: &Name) -> Result<(Digest, &Image)> {
+        let digest = self.image_names.get(name).copied().or_else(|| name.digest());
+        let found = digest.and_then(|digest| Some((digest, self.images.get(&digest)?)));
+        found.ok_or_else(|| self.absent("image", name))
+    }
+
+    /// The image that has this name, which may be another's digest.
+    pub(crate) fn image_named(&self, name: &Name) -> Option<Digest> {
+        self.image_names.get(name).copied()
+    }
+
+    /// The replica of this name, or id.
+    pub(crate) fn replica(&self, name: &Name) -> Result<(Uuid, &Replica)> {
+        let id = self.replica_names.get(name).copied().or_else(|| name.id());
+        let found = id.and_then(|id| Some((id, self.replicas.get(&id)?)));
+        found.ok_or_else(|| self.absent("replica", name))
+    }
+
+    /// The replica that has this name, which may be another's id.
+    pub(crate) fn replica_named(&self, name: &Name) -> Option<Uuid> {
+        self.replica_names.get(name).copied()
+    }
+
+    fn absent(&self, kind: &str, name: &Name) -> Error {
+        let missing = self.missing();
+        let hint = if missing.is_empty() {
+            format!("see `underlay {kind} list`")
+        } else {
+            format!("it may be on a disk that isn't there ({})", listed(&missing))
+        };
+        Error::new(Kind::NotFound, format!("no {kind} {name} on this node: {hint}"))
+    }
+
+    /// References whose replica's disk isn't there, each once, with the image referred to.
+    pub(crate) fn away(&self) -> Vec<(Digest, &RefRecord)> {
+        let mut away = Vec::new();
+        for (digest, image) in &self.images {
+            for (id, reference) in image.refs() {
+                if self.user_state(*digest, id, reference) == UserState::Away {
+                    away.push((*digest, &reference.record));
+                }
+            }
+        }
+        away
+    }
+
+    /// Whether the replica that a reference tells of is there.
+    pub(crate) fn user_state(&self, digest: Digest, id: Uuid, reference: &Reference) -> UserState {
+        let stands_here = |replica: &Replica| replica.record.image.digest == digest;
+        if self.replicas.get(&id).is_some_and(stands_here) || self.damaged.contains_key(&id) {
+            UserState::Present
+        } else if !self.replicas.contains_key(&id) && self.here(reference.record.disk).is_none() {
+            UserState::Away
+        } else {
+            UserState::Leaked
+        }
+    }
+
+    /// Who uses an image.
+    pub(crate) fn users(&self, digest: Digest) -> Vec<ImageUser> {
+        let mut users = BTreeMap::new();
+        if let Some(image) = self.images.get(&digest) {
+            for (id, reference) in image.refs() {
+                let state = self.user_state(digest, id, reference);
+                let RefRecord { name, disk, disk_name, .. } = &reference.record;
+                let disk = self.disk_name(*disk).unwrap_or(disk_name).clone();
+                users.insert(id, ImageUser { name: name.clone(), id, disk, state });
+            }
+        }
+        let standing = self.replicas.iter().filter(|(_, r)| r.record.image.digest == digest);
+        for (id, replica) in standing {
+            let name = replica.record.name.clone();
+            let disk = self.disk_name(replica.disk).cloned().unwrap_or_else(Name::unknown);
+            users.insert(*id, ImageUser { name, id: *id, disk, state: UserState::Present });
+        }
+        let mut users: Vec<_> = users.into_values().collect();
+        users.sort_by(|a, b| (&a.name, a.id).cmp(&(&b.name, b.id)));
+        users
+    }
+
+    /// Takes in what was found on a disk, in the place of what was known of it.
+    pub(crate) fn attach(&mut self, disk: Uuid, contents: Contents) {
+        self.forget(disk);
+        for found in contents.copies {
+            self.put_copy(Copy { disk, found });
+        }
+        for ReplicaFound { record, fault } in contents.replicas {
+            // An id that is there twice: the first stays, fsck tells of the other.
+            self.replicas.entry(record.id).or_insert(Replica { disk, record, fault });
+        }
+        self.damaged.extend(contents.damaged.into_iter().map(|id| (id, disk)));
+        self.index();
+    }
+
+    /// Forgets what is on a disk.
+    pub(crate) fn detach(&mut self, disk: Uuid) {
+        self.forget(disk);
+        self.index();
+    }
+
+    fn forget(&mut self, disk: Uuid) {
+        for image in self.images.values_mut() {
+            image.copies.retain(|copy| copy.disk != disk);
+        }
+        self.images.retain(|_, image| !image.copies.is_empty());
+        self.replicas.retain(|_, replica| replica.disk != disk);
+        self.damaged.retain(|_, at| *at != disk);
+    }
+
+    /// Takes in a copy, in the place of what was known of it.
+    pub(crate) fn put_copy(&mut self, copy: Copy) {
+        let digest = copy.found.record.digest;
+        let image = self.images.entry(digest).or_insert_with(|| Image { copies: Vec::new() });
+        image.copies.retain(|other| other.disk != copy.disk);
+        image.copies.push(copy);
+        let rank = |id| self.disks.iter().position(|slot| slot.known.id == id);
+        image.copies.sort_by_key(|copy| rank(copy.disk));
+    }
+
+    /// Takes in a new replica.
+    pub(crate) fn put_replica(&mut self, replica: Replica) {
+        let (id, name) = (replica.record.id, replica.record.name.clone());
+        self.replicas.insert(id, replica);
+        self.replica_names.entry(name).or_insert(id);
+    }
+
+    /// Forgets a replica; another that was hidden by its name is now reached by it.
+    pub(crate) fn drop_replica(&mut self, id: Uuid) {
+        let Some(replica) = self.replicas.remove(&id) else { return };
+        let name = replica.record.name;
+        if self.replica_names.get(&name) == Some(&id) {
+            let heirs = self.replicas.values().filter(|other| other.record.name == name);
+            match heirs.min_by_key(|other| (other.record.created, other.record.id)) {
+                Some(heir) => self.replica_names.insert(name, heir.record.id),
+                None => self.replica_names.remove(&name),
+            };
+        }
+    }
+
+    /// The copies of an image, to change what is known of them; call [`View::index`] after a
+    /// change of names.
+    pub(crate) fn copies_mut(&mut self, digest: Digest) -> impl Iterator<Item = &mut Copy> {
+        self.images.get_mut(&digest).into_iter().flat_map(|image| &mut image.copies)
+    }
+
+    /// Finds out anew which name leads where.
+    pub(crate) fn index(&mut self) {
+        let mut images: Vec<_> = self.images.iter().collect();
+        images.sort_by_key(|(digest, image)| {
+            (image.copies.iter().map(|copy| copy.found.record.created).min(), **digest)
+        });
+        self.image_names.clear();
+        for (digest, image) in images {
+            for name in image.names() {
+                self.image_names.entry(name).or_insert(*digest);
+            }
+        }
+        let mut replicas: Vec<_> = self.replicas.values().map(|replica| &replica.record).collect();
+        replicas.sort_by_key(|record| (record.created, record.id));
+        self.replica_names.clear();
+        for record in replicas {
+            self.replica_names.entry(record.name.clone()).or_insert(record.id);
+        }
+    }
+}
+
+/// Names for a message, not more than are useful.
+pub(crate) fn listed<T: ToString>(names: &[T]) -> String {
+    const SHOWN: usize = 10;
+    let mut text = names.iter().take(SHOWN).map(T::to_string).collect::<Vec<_>>().join(", ");
+    if names.len() > SHOWN {
+        text += &format!(" and {} more", names.len() - SHOWN);
+    }
+    text
+}

@@ -1,0 +1,212 @@
+//! The service's configuration: a TOML file whose every key has a default.
+//!
+//! Unknown keys are errors, so that a misspelt one does not go unnoticed. Options of the command
+//! line win over the file.
+
+use std::{fs, io::Read, net::SocketAddr, path::Path, path::PathBuf};
+
+use serde::Deserialize;
+
+use crate::{
+    control::paths::Paths,
+    error::{Context, Error, Kind, Result},
+};
+
+/// Bytes a configuration file may have.
+const FILE_MAX: u64 = 1 << 20;
+/// Where the metrics listen when only a port is given.
+const LOOPBACK: &str = "127.0.0.1";
+
+/// How `underlay serve` runs.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Config {
+    /// The state directory: which disks the node knows.
+    pub state: PathBuf,
+    /// The control socket.
+    pub socket: PathBuf,
+    /// The NBD socket.
+    pub nbd_socket: PathBuf,
+    /// The group that may connect to both sockets besides the owner; empty for the daemon's own.
+    pub socket_group: String,
+    /// Where metrics are served; `None` for nowhere.
+    pub metrics: Option<SocketAddr>,
+    /// The log filter, as RUST_LOG understands it.
+    pub log: String,
+    /// I/O threads, each with a ring; 0 for as many as there are processors, up to a bound.
+    pub threads: usize,
+    /// Whether reads of images go through the page cache, shared by all replicas.
+    pub image_io: Caching,
+    /// Whether overlays go through the page cache.
+    pub overlay_io: Caching,
+    /// Seconds that a stopping daemon gives its clients to finish.
+    pub stop_seconds: u64,
+}
+
+/// How files of one kind are read and written.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Caching {
+    /// Through the page cache.
+    Cached,
+    /// Past it (O_DIRECT), where the file system can.
+    Direct,
+}
+
+/// The file as it is written: every key optional.
+#[derive(Debug, Default, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+struct File {
+    state: Option<PathBuf>,
+    socket: Option<PathBuf>,
+    nbd_socket: Option<PathBuf>,
+    socket_group: Option<String>,
+    metrics: Option<String>,
+    log: Option<String>,
+    threads: Option<usize>,
+    image_io: Option<Caching>,
+    overlay_io: Option<Caching>,
+    stop_seconds: Option<u64>,
+}
+
+impl Config {
+    /// The defaults for a service at `paths`.
+    pub fn at(paths: &Paths) -> Config {
+        Config {
+            state: paths.state.clone(),
+            socket: paths.socket.clone(),
+            nbd_socket: paths.nbd_socket.clone(),
+            socket_group: String::new(),
+            metrics: None,
+            log: "info".to_owned(),
+            threads: 0,
+            image_io: Caching::Cached,
+            overlay_io: Caching::Direct,
+            stop_seconds: 20,
+        }
+    }
+
+    /// The defaults for `paths`, changed by the file at `path`.
+    pub fn read(path: &Path, paths: &Paths) -> Result<Config> {
+        let mut text = String::new();
+        fs::File::open(path)
+            .and_then(|file| file.take(FILE_MAX + 1).read_to_string(&mut text))
+            .context(|| format!("reading configuration {}", path.display()))?;
+        if text.len() as u64 > FILE_MAX {
+            return Err(Error::new(
+                Kind::Invalid,
+                format!("configuration {} is larger than 1 MiB", path.display()),
+            ));
+        }
+        Config::parse(&text, paths)
+            .map_err(|error| error.within(format_args!("configuration {}", path.display())))
+    }
+
+    fn parse(text: &str, paths: &Paths) -> Result<Config> {
+        let file: File = toml::from_str(text).map_err(|error| {
+            let line = error.span().map_or(1, |span| text[..span.start].matches('\n').count() + 1);
+            Error::new(Kind::Invalid, format!("line {line}: {}", error.message()))
+        })?;
+        let default = Config::at(paths);
+        let config = Config {
+            state: file.state.unwrap_or(default.state),
+            socket: file.socket.unwrap_or(default.socket),
+            nbd_socket: file.nbd_socket.unwrap_or(default.nbd_socket),
+            socket_group: file.socket_group.unwrap_or(default.socket_group),
+            metrics: match file.metrics.as_deref() {
+                None | Some("") => default.metrics,
+                Some(text) => Some(address(text)?),
+            },
+            log: file.log.unwrap_or(default.log),
+            threads: file.threads.unwrap_or(default.threads),
+            image_io: file.image_io.unwrap_or(default.image_io),
+            overlay_io: file.overlay_io.unwrap_or(default.overlay_io),
+            stop_seconds: file.stop_seconds.unwrap_or(default.stop_seconds),
+        };
+        for (key, path) in [
+            ("state", &config.state),
+            ("socket", &config.socket),
+            ("nbd_socket", &config.nbd_socket),
+        ] {
+            if !path.is_absolute() {
+                return Err(Error::new(
+                    Kind::Invalid,
+                    format!("{key} is {path:?}: give a path that starts with /"),
+                ));
+            }
+        }
+        if config.threads > 1024 || config.stop_seconds > 3600 {
+            return Err(Error::new(
+                Kind::Invalid,
+                "threads is at most 1024 and stop_seconds at most 3600",
+            ));
+        }
+        Ok(config)
+    }
+}
+
+/// An address to listen on: `127.0.0.1:9500`, or a port alone for the loopback.
+pub fn address(text: &str) -> Result<SocketAddr> {
+    let full = if text.bytes().all(|b| b.is_ascii_digit()) {
+        format!("{LOOPBACK}:{text}")
+    } else {
+        text.to_owned()
+    };
+    full.parse().map_err(|_| {
+        Error::new(
+            Kind::Invalid,
+            format!(
+                "metrics address {:?} is not understood: write ADDRESS:PORT or a port, as in \
+                 127.0.0.1:9500",
+                text.chars().take(60).collect::<String>()
+            ),
+        )
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const SHIPPED: &str = include_str!("../../packaging/underlay.toml");
+
+    #[test]
+    fn the_shipped_file_says_the_defaults() {
+        let system = Paths::system();
+        assert_eq!(Config::parse(SHIPPED, &system).unwrap(), Config::at(&system));
+        assert_eq!(Config::parse("", &system).unwrap(), Config::at(&system));
+    }
+
+    #[test]
+    fn the_shipped_file_names_every_key() {
+        // A key that serde knows and the file does not show would be a hidden one: serde lists
+        // them all when it meets an unknown one.
+        let error = toml::from_str::<File>("nonsense = 1").unwrap_err().to_string();
+        let expected = error.split("expected one of").nth(1).expect("serde lists the keys");
+        let keys: Vec<_> = expected.split('`').skip(1).step_by(2).collect();
+        assert!(keys.len() >= 10, "{error}");
+        for key in keys {
+            let shown = SHIPPED.lines().any(|line| line.starts_with(&format!("{key} = ")));
+            assert!(shown, "packaging/underlay.toml does not show {key}");
+        }
+    }
+
+    #[test]
+    fn mistakes_are_told_by_key_and_line() {
+        let system = Paths::system();
+        for (text, told) in [
+            ("log = \"info\"\nmetrix = 1", "metrix"),
+            ("log = \"info\"\nmetrix = 1", "line 2"),
+            ("threads = \"many\"", "line 1"),
+            ("threads = 100000", "1024"),
+            ("overlay_io = \"quick\"", "quick"),
+            ("metrics = \"nowhere\"", "nowhere"),
+            ("socket = \"underlay.sock\"", "socket"),
+            ("state =", "line 1"),
+        ] {
+            let error = Config::parse(text, &system).unwrap_err().to_string();
+            assert!(error.contains(told), "{text}: {error}");
+        }
+        let config = Config::parse("metrics = \"9500\"", &system).unwrap();
+        assert_eq!(config.metrics, Some("127.0.0.1:9500".parse().unwrap()));
+    }
+}

@@ -1,0 +1,325 @@
+//! Every change of state passes here: into the map at once, and onto the list of what the next
+//! commit makes durable.
+//!
+//! Invariants:
+//! - A commit takes the list as it stands at one moment; what changes later is in neither its
+//!   records nor its pages. For pages that is arranged by freezing: whoever changes a frozen page
+//!   first saves the copy that the checkpoint will write.
+//! - A block is on the list as `data` only after its bytes were written to the data file: the sync
+//!   that follows the taking covers them.
+//! - The list is bounded by the callers: past [`LIMIT`] runs they commit before they change more.
+
+use std::{
+    collections::HashMap,
+    ops::Range,
+    sync::{
+        Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicUsize, Ordering},
+    },
+};
+
+use bitvec::vec::BitVec;
+
+use super::{
+    format::{BLOCKS_PER_PAGE, MAX_RUN, RUNS_PER_RECORD, Run, State, WORDS},
+    map::Map,
+};
+
+/// Pending runs past which a write commits before it goes on: half of what a new map's journal
+/// holds, so that random writes without a flush need a checkpoint every other time only.
+pub const LIMIT: usize = 32 * RUNS_PER_RECORD;
+
+/// The states of an overlay's blocks, and which of them are not durable yet.
+pub struct Changes {
+    map: Map,
+    pending: Mutex<Pending>,
+    /// `runs.len()` of the list, to be read without its lock.
+    count: AtomicUsize,
+}
+
+#[derive(Default)]
+struct Pending {
+    taken: Taken,
+    /// Per bitmap area, the pages that may differ from what stands there on disk.
+    dirty: [BitVec; 2],
+    frozen: Option<Frozen>,
+}
+
+/// What a commit takes.
+#[derive(Default)]
+pub struct Taken {
+    /// The changes, in order.
+    pub runs: Vec<Run>,
+    /// Blocks that turned from data to zero: once that is durable their space is given back.
+    pub punch: Vec<Range<u64>>,
+}
+
+/// The pages that a checkpoint has yet to write, as they were when it began.
+struct Frozen {
+    left: BitVec,
+    saved: HashMap<u64, Box<[u64; WORDS]>>,
+}
+
+/// How a commit makes its changes durable.
+pub enum Capture {
+    /// There are none.
+    Nothing,
+    /// As journal records.
+    Records(Taken),
+    /// As a checkpoint.
+    Checkpoint {
+        /// The changes, all of them in the frozen pages.
+        taken: Taken,
+        /// The pages to write, ascending.
+        pages: Vec<u64>,
+        /// How many pages of the whole map are not all base.
+        total: u64,
+    },
+}
+
+/// What a checkpoint is needed for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Need {
+    /// A checkpoint if there are changes and they don't fit this many runs of journal.
+    Room(usize),
+    /// A checkpoint, whatever there is.
+    Checkpoint,
+}
+
+/// Which blocks become zero.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Over {
+    /// Those with data only.
+    Data,
+    /// All.
+    Everything,
+}
+
+impl Changes {
+    /// The changes of an overlay just opened: `map` is what its disk holds.
+    ///
+    /// `stale` are the pages of each area that are, or may be, on disk otherwise than in `map`;
+    /// `punch` are blocks whose space may not have been given back.
+    pub fn new(map: Map, stale: [BitVec; 2], punch: Vec<Range<u64>>) -> Changes {
+        let taken = Taken { runs: Vec::new(), punch };
+        let pending = Pending { taken, dirty: stale, frozen: None };
+        Changes { map, pending: Mutex::new(pending), count: AtomicUsize::new(0) }
+    }
+
+    /// The states as they are now.
+    pub fn map(&self) -> &Map {
+        &self.map
+    }
+
+    /// Pending runs.
+    pub fn count(&self) -> usize {
+        self.count.load(Ordering::Relaxed)
+    }
+
+    /// Makes `blocks` data. Their bytes stand in the data file.
+    pub fn to_data(&self, blocks: Range<u64>) {
+        if self.map.is_all(blocks.clone(), State::Data) {
+            return;
+        }
+        let mut pending = self.pending();
+        pending.change(&self.map, blocks, State::Data);
+        self.count.store(pending.taken.runs.len(), Ordering::Relaxed);
+    }
+
+    /// Makes those of `blocks` zero that `over` names.
+    pub fn to_zero(&self, blocks: Range<u64>, over: Over) {
+        let mut block = blocks.start;
+        while block < blocks.end {
+            // One page's worth at a time: others get their turn at the list.
+            let stop = blocks.end.min((block / BLOCKS_PER_PAGE + 1) * BLOCKS_PER_PAGE);
+            let (state, end) = self.map.run(block..stop);
+            if state == State::Data || state == State::Base && over == Over::Everything {
+                let mut pending = self.pending();
+                pending.change(&self.map, block..end, State::Zero);
+                if state == State::Data {
+                    pending.taken.punch_later(block..end);
+                }
+                self.count.store(pending.taken.runs.len(), Ordering::Relaxed);
+            }
+            block = end;
+        }
+    }
+
+    /// Takes all pending changes, and for a checkpoint to `area` freezes the pages it must write.
+    pub fn capture(&self, need: Need, area: usize) -> Capture {
+        let mut pending = self.pending();
+        let runs = pending.taken.runs.len();
+        match need {
+            Need::Room(_) if runs == 0 => return Capture::Nothing,
+            Need::Room(room) if runs <= room => {
+                self.count.store(0, Ordering::Relaxed);
+                return Capture::Records(std::mem::take(&mut pending.taken));
+            }
+            _ => {}
+        }
+        let left = std::mem::take(&mut pending.dirty[area]);
+        let pages = left.iter_ones().map(|page| page as u64).collect();
+        pending.frozen = Some(Frozen { left, saved: HashMap::new() });
+        self.count.store(0, Ordering::Relaxed);
+        let taken = std::mem::take(&mut pending.taken);
+        Capture::Checkpoint { taken, pages, total: self.map.pages() }
+    }
+
+    /// A frozen page as it was when it was frozen.
+    pub fn frozen_page(&self, page: u64) -> Box<[u64; WORDS]> {
+        let mut pending = self.pending();
+        let saved = pending.frozen.as_mut().and_then(|frozen| {
+            frozen.left.set(page as usize, false);
+            frozen.saved.remove(&page)
+        });
+        saved.unwrap_or_else(|| self.map.copy(page))
+    }
+
+    /// Ends a freeze whose pages are all written.
+    pub fn thaw(&self) {
+        self.pending().frozen = None;
+    }
+
+    /// Ends a freeze that failed: `pages` still differ from what is in `area`.
+    pub fn thaw_failed(&self, area: usize, pages: &[u64]) {
+        let mut pending = self.pending();
+        pending.frozen = None;
+        for page in pages {
+            mark(&mut pending.dirty[area], *page);
+        }
+    }
+
+    /// Puts what a failed commit took back in front.
+    pub fn put_back(&self, mut taken: Taken) {
+        let mut pending = self.pending();
+        taken.runs.append(&mut pending.taken.runs);
+        taken.punch.append(&mut pending.taken.punch);
+        pending.taken = taken;
+        self.count.store(pending.taken.runs.len(), Ordering::Relaxed);
+    }
+
+    fn pending(&self) -> MutexGuard<'_, Pending> {
+        // Nothing in here panics half way; should it, the map is what counts and it is atomic.
+        self.pending.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Pending {
+    fn change(&mut self, map: &Map, blocks: Range<u64>, state: State) {
+        for page in blocks.start / BLOCKS_PER_PAGE..blocks.end.div_ceil(BLOCKS_PER_PAGE) {
+            if let Some(frozen) = &mut self.frozen
+                && frozen.left.get(page as usize).is_some_and(|left| *left)
+            {
+                frozen.saved.entry(page).or_insert_with(|| map.copy(page));
+            }
+            for dirty in &mut self.dirty {
+                mark(dirty, page);
+            }
+        }
+        map.set(blocks.clone(), state);
+        self.taken.push(blocks, state);
+    }
+}
+
+impl Taken {
+    fn push(&mut self, mut blocks: Range<u64>, state: State) {
+        if let Some(last) = self.runs.last_mut()
+            && last.state == state
+            && last.end() == blocks.start
+        {
+            let more = (MAX_RUN - last.len).min(blocks.end - blocks.start);
+            last.len += more;
+            blocks.start += more;
+        }
+        while !blocks.is_empty() {
+            let len = MAX_RUN.min(blocks.end - blocks.start);
+            self.runs.push(Run { start: blocks.start, len, state });
+            blocks.start += len;
+        }
+    }
+
+    fn punch_later(&mut self, blocks: Range<u64>) {
+        match self.punch.last_mut() {
+            Some(last) if last.end == blocks.start => last.end = blocks.end,
+            _ => self.punch.push(blocks),
+        }
+    }
+}
+
+/// Sets the bit of `page`, which may lie past the end.
+pub(super) fn mark(pages: &mut BitVec, page: u64) {
+    let page = page as usize;
+    if page >= pages.len() {
+        pages.resize(page + 1, false);
+    }
+    pages.set(page, true);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn changes() -> Changes {
+        Changes::new(Map::new(), Default::default(), Vec::new())
+    }
+
+    #[test]
+    fn neighbours_share_a_run() {
+        let changes = changes();
+        for block in 0..100 {
+            changes.to_data(block..block + 1);
+            changes.to_data(block..block + 1);
+        }
+        changes.to_zero(50..120, Over::Data);
+        changes.to_zero(120..130, Over::Data);
+        let Capture::Records(taken) = changes.capture(Need::Room(2), 0) else {
+            panic!("two runs fit")
+        };
+        let run = |start, len, state| Run { start, len, state };
+        assert_eq!(taken.runs, [run(0, 100, State::Data), run(50, 50, State::Zero)]);
+        assert_eq!(taken.punch, [50..100], "base has nothing to give back");
+        assert!(matches!(changes.capture(Need::Room(0), 0), Capture::Nothing));
+    }
+
+    #[test]
+    fn what_changes_after_the_freeze_is_not_in_the_pages() {
+        let changes = changes();
+        changes.to_data(0..10);
+        changes.to_data(BLOCKS_PER_PAGE..BLOCKS_PER_PAGE + 10);
+        let Capture::Checkpoint { pages, total, .. } = changes.capture(Need::Room(1), 1) else {
+            panic!("two runs don't fit one place")
+        };
+        assert_eq!((pages, total), (vec![0, 1], 2));
+        changes.to_zero(0..20, Over::Everything);
+        changes.to_data(20..30);
+        changes.to_data(2 * BLOCKS_PER_PAGE..2 * BLOCKS_PER_PAGE + 1);
+        let old = changes.frozen_page(0);
+        assert_eq!((old[0], old[1]), (0x55555, 0));
+        changes.to_data(30..40);
+        assert_eq!(changes.frozen_page(1)[0], 0x55555);
+        changes.thaw();
+        let Capture::Checkpoint { pages, taken, .. } = changes.capture(Need::Checkpoint, 1) else {
+            panic!("asked for")
+        };
+        assert_eq!(pages, [0, 2], "page 1 has not changed since");
+        assert_eq!(taken.runs.len(), 4);
+        changes.thaw_failed(1, &pages);
+        changes.put_back(taken);
+        assert_eq!(changes.count(), 4);
+        let Capture::Checkpoint { pages, .. } = changes.capture(Need::Checkpoint, 0) else {
+            panic!("asked for")
+        };
+        assert_eq!(pages, [0, 1, 2], "the other area has seen nothing yet");
+    }
+
+    #[test]
+    fn long_runs_are_split() {
+        let changes = changes();
+        changes.to_zero(5..5 + 2 * MAX_RUN, Over::Everything);
+        let Capture::Records(taken) = changes.capture(Need::Room(10), 0) else {
+            panic!("they fit")
+        };
+        let lens: Vec<u64> = taken.runs.iter().map(|run| run.len).collect();
+        assert_eq!(lens, [MAX_RUN, MAX_RUN]);
+    }
+}
