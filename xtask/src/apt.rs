@@ -10,8 +10,8 @@ use std::time::Duration;
 use anyhow::{Context, Result, anyhow, bail};
 
 use crate::place;
-use crate::report::say;
-use crate::tool::{Tool, find, tool};
+use crate::report::note;
+use crate::tool::{NO_ARGS, Tool, find, tool};
 
 /// How long apt may take to fetch and unpack.
 const LIMIT: Duration = Duration::from_secs(900);
@@ -63,7 +63,7 @@ impl Apt {
 
     /// Installs packages from the machine's own sources.
     pub fn install(&self, packages: &[&str]) -> Result<String> {
-        say(&format!("setup: apt-get install {}", packages.join(" ")));
+        note(&format!("setup: apt-get install {}", packages.join(" ")));
         if self.apt_get(&[]).args(["-s", "install"]).args(packages).outcome()?.code != 0 {
             self.apt_get(&[]).args(["update"]).run()?;
         }
@@ -87,7 +87,7 @@ impl Apt {
             return self.install(&[package]).map(drop);
         }
         let suite = format!("{}-backports", self.codename);
-        say(&format!("setup: apt-get install {package} from {suite}, which keeps {kept}"));
+        note(&format!("setup: apt-get install {package} from {suite}, which keeps {kept}"));
         let mut options = self.sources(&suite, Own::Beside)?;
         self.apt_get(&options).args(["update"]).run()?;
         options.extend(["-t".to_string(), suite.clone()]);
@@ -125,7 +125,7 @@ impl Apt {
             fs::remove_dir_all(&debs)?;
         }
         fs::create_dir_all(&debs)?;
-        say(&format!("setup: apt-get download {} from {suite}", names.join(" ")));
+        note(&format!("setup: apt-get download {} from {suite}", names.join(" ")));
         self.apt_get(&options).args(["download"]).args(&names).within(&debs).run()?;
         for deb in fs::read_dir(&debs)? {
             tool("dpkg", ["-x"]).args([deb?.path()]).args([into]).limit(LIMIT).run()?;
@@ -140,7 +140,7 @@ impl Apt {
         let apt = if self.sudo {
             tool("sudo", ["-n", "env", "DEBIAN_FRONTEND=noninteractive", "apt-get"])
         } else {
-            tool("apt-get", [""; 0]).env("DEBIAN_FRONTEND", "noninteractive")
+            tool("apt-get", NO_ARGS).env("DEBIAN_FRONTEND", "noninteractive")
         };
         apt.args(fixed).args(quiet).args(options).limit(LIMIT)
     }

@@ -24,6 +24,7 @@ const COMMAND: Duration = Duration::from_secs(300);
 /// A daemon with its state in a directory of its own.
 pub struct Daemon {
     program: PathBuf,
+    config: PathBuf,
     state: PathBuf,
     control: PathBuf,
     nbd: PathBuf,
@@ -32,14 +33,24 @@ pub struct Daemon {
 }
 
 impl Daemon {
-    /// Starts a daemon called `name`, with its state and log in `dir`.
-    pub fn start(lab: &Lab, dir: &Path, name: &str, profile: Profile) -> Result<Daemon> {
+    /// Starts a daemon called `name`, with its state and log in `dir`, and nothing but `settings`
+    /// (lines of TOML) in its configuration: the machine's own is not read.
+    pub fn start(
+        lab: &Lab,
+        dir: &Path,
+        name: &str,
+        profile: Profile,
+        settings: &str,
+    ) -> Result<Daemon> {
         let program = profile.underlay();
         if !program.exists() {
             bail!("{} is not built", program.display());
         }
+        let config = dir.join(format!("{name}.toml"));
+        fs::write(&config, settings)?;
         let mut daemon = Daemon {
             program,
+            config,
             state: dir.join(format!("{name}.state")),
             control: lab.socket(&format!("{name}.control")),
             nbd: lab.socket(&format!("{name}.nbd")),
@@ -71,6 +82,7 @@ impl Daemon {
 
     fn serve(&self, state: &Path, control: &Path, nbd: &Path) -> crate::tool::Tool {
         tool(&self.program, ["serve"])
+            .args(["--config".as_ref(), self.config.as_os_str()])
             .args(["--state".as_ref(), state.as_os_str()])
             .args(["--socket".as_ref(), control.as_os_str()])
             .args(["--nbd-socket".as_ref(), nbd.as_os_str()])

@@ -12,7 +12,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, anyhow, bail};
 
 use crate::apt::Apt;
-use crate::report::say;
+use crate::report::note;
 use crate::tool::{find, tool};
 use crate::{place, setup};
 
@@ -74,7 +74,7 @@ pub fn debian() -> Result<PathBuf> {
     let programs = ["mmdebstrap", "sfdisk", "mke2fs", "qemu-img"];
     setup::need(&programs)?;
     let apt = Apt::unprivileged()?;
-    say(&format!("image: building a Debian {SUITE} disk image, once"));
+    note(&format!("image: building a Debian {SUITE} disk image, once"));
     let work = place::run().join("image");
     fs::create_dir_all(&work)?;
     let root = work.join("root");
@@ -130,7 +130,7 @@ pub fn kernel() -> Result<Kernel> {
         if !dir.exists()
             && let Err(error) = fetch(suite, &dir)
         {
-            say(&format!("image: no kernel from {suite}: {error:#}"));
+            note(&format!("image: no kernel from {suite}: {error:#}"));
             missing.push(format!("{error:#}"));
             continue;
         }

@@ -228,11 +228,6 @@ impl LoopDisk {
         Ok(all.blocks_available() * all.fragment_size())
     }
 
-    /// Takes the disk away under whoever uses it; its file stays.
-    pub fn pull(self) -> Result<()> {
-        self.detach()
-    }
-
     fn detach(&self) -> Result<()> {
         if mounts_beneath(&self.path)?.is_empty() {
             return self.release();

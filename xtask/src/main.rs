@@ -4,9 +4,11 @@
 //! install what they need, and tell loudly what they had to skip.
 
 mod apt;
+mod bench;
 mod clients;
 mod daemon;
 mod guest;
+mod hostile;
 mod image;
 mod kill;
 mod lab;
@@ -14,8 +16,11 @@ mod nbd;
 mod pattern;
 mod place;
 mod report;
+mod savings;
 mod setup;
+mod sick;
 mod subject;
+mod test;
 mod tool;
 
 use std::process::ExitCode;
@@ -26,6 +31,7 @@ use clap::{Parser, Subcommand};
 use crate::lab::Lab;
 use crate::report::Report;
 use crate::subject::Against;
+use crate::tool::{NO_ARGS, tool};
 
 /// The chores of the repository.
 #[derive(Parser)]
@@ -39,34 +45,52 @@ struct Args {
 enum Chore {
     /// Installs what the rigs need (apt-get, where this is Debian and root or sudo -n)
     Setup,
-    /// The main job with a real guest: three disks, three replicas, a boot over NBD
-    Guest {
-        /// What to point the rig at; anything but underlay proves the rig itself
-        #[arg(long, value_enum, default_value = "underlay")]
-        against: Against,
+    /// cargo test, then every rig: the tests that a change must pass
+    Test,
+    /// What CI runs: formatting, lints, documentation, then `test` (the script .ci/run)
+    Ci,
+    /// The simulator: crashes by seed, as many as asked; a failing seed is printed
+    Crash {
+        /// How many seeds to run
+        #[arg(long, default_value_t = 100_000)]
+        seeds: u64,
+        /// The first seed
+        #[arg(long, default_value_t = 0)]
+        first: u64,
     },
-    /// Outside clients against a reference file: qemu's, libnbd's, fio, a kernel file system
-    Clients {
-        /// What to point the rig at; anything but underlay proves the rig itself
-        #[arg(long, value_enum, default_value = "underlay")]
-        against: Against,
-        /// The seed of what is written
-        #[arg(long, default_value_t = 1)]
-        seed: u64,
-    },
-    /// kill -9 in the midst of writes, ten times in a row
-    Kill {
-        /// What to point the rig at; anything but underlay proves the rig itself
-        #[arg(long, value_enum, default_value = "underlay")]
-        against: Against,
-        /// The seed of what is written and when it is killed
+    /// Every rig, without cargo's tests
+    Rigs,
+    /// Figures, side by side: the raw file, underlay, qemu-nbd, nbdkit
+    Bench(bench::Options),
+    /// Rig: the main job with a real guest: three disks, three replicas, a boot over NBD
+    Guest(Aim),
+    /// Rig: outside clients against a reference file: qemu's, libnbd's, fio, a file system
+    Clients(Aim),
+    /// Rig: kill -9 in the midst of writes, ten times in a row
+    Kill(Aim),
+    /// Rig: what sharing saves, and what replicas cost
+    Savings,
+    /// Rig: bad names, images, bits; two daemons; disks that are read-only, full, gone
+    Hostile {
+        /// The seed of which bits are flipped
         #[arg(long, default_value_t = 1)]
         seed: u64,
     },
 }
 
+/// What a rig is pointed at.
+#[derive(clap::Args)]
+struct Aim {
+    /// What to point the rig at; anything but underlay proves the rig itself
+    #[arg(long, value_enum, default_value = "underlay")]
+    against: Against,
+    /// The seed of what is written, and when
+    #[arg(long, default_value_t = 1)]
+    seed: u64,
+}
+
 fn main() -> ExitCode {
-    match run(Args::parse()) {
+    match run(Args::parse().chore) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("xtask: {error:#}");
@@ -75,17 +99,39 @@ fn main() -> ExitCode {
     }
 }
 
-fn run(args: Args) -> Result<()> {
+fn run(chore: Chore) -> Result<()> {
     lab::heed_signals()?;
-    let lab = Lab::open()?;
     let mut report = Report::default();
-    setup::run(&mut report);
-    match args.chore {
-        Chore::Setup => {}
-        Chore::Guest { against } => guest::run(&lab, against, &mut report),
-        Chore::Clients { against, seed } => clients::run(&lab, against, seed, &mut report),
-        Chore::Kill { against, seed } => kill::run(&lab, against, seed, &mut report),
+    match chore {
+        Chore::Ci => return tool::hand_over(tool(place::root().join(".ci/run"), NO_ARGS)),
+        Chore::Crash { seeds, first } => return crash(seeds, first),
+        _ => setup::run(&mut report),
     }
-    drop(lab);
+    match chore {
+        Chore::Setup | Chore::Ci | Chore::Crash { .. } => {}
+        Chore::Test => test::run(&mut report)?,
+        Chore::Rigs => test::rigs(&mut report)?,
+        Chore::Bench(options) => {
+            bench::run(&Lab::open()?, &options)?;
+            return Ok(());
+        }
+        Chore::Guest(aim) => guest::run(&Lab::open()?, aim.against, &mut report),
+        Chore::Clients(aim) => clients::run(&Lab::open()?, aim.against, aim.seed, &mut report),
+        Chore::Kill(aim) => kill::run(&Lab::open()?, aim.against, aim.seed, &mut report),
+        Chore::Savings => savings::run(&Lab::open()?, &mut report),
+        Chore::Hostile { seed } => {
+            let lab = Lab::open()?;
+            hostile::run(&lab, seed, &mut report);
+            sick::run(&lab, &mut report);
+        }
+    }
     report.close()
+}
+
+/// The simulator is in the library: an example runs it, so that xtask builds without the library.
+fn crash(seeds: u64, first: u64) -> Result<()> {
+    let cargo = std::env::var("CARGO").unwrap_or_else(|_| "cargo".into());
+    let example = tool(cargo, ["run", "--quiet", "--example", "crash", "--"]);
+    let args = [format!("--seeds={seeds}"), format!("--first={first}")];
+    tool::hand_over(example.args(args).within(&place::root()))
 }

@@ -79,3 +79,8 @@ pub fn say(line: &str) {
     let _ = writeln!(out, "{line}");
     let _ = out.flush();
 }
+
+/// Tells what is being done, apart from results: on standard error.
+pub fn note(line: &str) {
+    eprintln!("{line}");
+}

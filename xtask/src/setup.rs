@@ -7,7 +7,7 @@
 use anyhow::{Result, bail};
 
 use crate::apt::Apt;
-use crate::report::{Report, say};
+use crate::report::{Report, note};
 use crate::tool::find;
 
 /// Every program that a rig calls, the Debian package that has it, and what it is for.
@@ -51,13 +51,12 @@ pub fn need(programs: &[&str]) -> Result<()> {
 pub fn run(report: &mut Report) {
     let missing: Vec<_> = PROGRAMS.iter().filter(|(name, ..)| find(name).is_none()).collect();
     for (name, package, purpose) in &missing {
-        say(&format!("setup: {name} (package {package}) is missing; it serves {purpose}"));
+        note(&format!("setup: {name} (package {package}) is missing; it serves {purpose}"));
     }
     let mut packages: Vec<&str> = missing.iter().map(|(_, package, _)| *package).collect();
     packages.dedup();
     let emulator = find(EMULATOR.0).is_none() && std::env::consts::ARCH == "x86_64";
     if packages.is_empty() && !emulator {
-        say("setup: every program is there");
         return;
     }
     let apt = match Apt::here() {

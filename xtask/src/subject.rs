@@ -60,7 +60,7 @@ impl Subject {
             }));
         }
         let name = dir.file_name().and_then(|name| name.to_str()).unwrap_or("daemon");
-        let daemon = Daemon::start(lab, dir, name, Profile::Debug)?;
+        let daemon = Daemon::start(lab, dir, name, Profile::Debug, "")?;
         for (name, path) in disks {
             daemon.ok(&["disk", "add", text(path)?, "--name", name])?;
         }

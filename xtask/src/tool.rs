@@ -30,6 +30,9 @@ const LIMIT: Duration = Duration::from_secs(120);
 /// How much of a program's output an error repeats, in bytes.
 const SAID: usize = 800;
 
+/// For programs that take no arguments.
+pub const NO_ARGS: [&str; 0] = [];
+
 /// A program about to be run.
 pub struct Tool {
     command: Command,
@@ -208,6 +211,16 @@ impl Tool {
         }
         line.chars().take(600).collect()
     }
+}
+
+/// Runs a program in place of this one, as far as the caller can tell: its output is ours, and so
+/// is its failure.
+pub fn hand_over(mut tool: Tool) -> Result<()> {
+    let status = tool.command.status().with_context(|| tool.line())?;
+    if !status.success() {
+        bail!("{}: exit code {}", tool.line(), code(status));
+    }
+    Ok(())
 }
 
 impl Outcome {
