@@ -6,9 +6,9 @@
 
 pub mod batch;
 pub mod buf;
-pub mod inherit;
 pub mod bulk;
 pub mod holes;
+pub mod inherit;
 pub mod ring;
 pub mod rings;
 pub mod signal;
