@@ -7,6 +7,8 @@
 pub mod batch;
 pub mod buf;
 pub mod inherit;
+pub mod bulk;
+pub mod holes;
 pub mod ring;
 pub mod rings;
 pub mod signal;
