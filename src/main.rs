@@ -1,2 +1,7 @@
 //! The `underlay` program.
-fn main() {}
+
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    underlay::cli::run(std::env::args_os())
+}

@@ -1,5 +1,33 @@
-//! The node's service: its configuration, its HTTP API, and the client of it.
+//! The node's service: what it can be asked, over HTTP on a Unix socket, and the client of that.
+//!
+//! ```text
+//! client.rs ──HTTP──> server.rs ──> routes.rs ──> service.rs ──> exports.rs (devices that are open)
+//!                     connections   paths         the node       │
+//!                                    │            │              └─> catalog, cow, blockdev::nbd
+//!                                    └─> job.rs   └─> metrics.rs
+//!                                        long work
+//! api.rs, event.rs    what goes over the wire, on both sides
+//! config.rs, paths.rs, socket.rs      how and where it runs
+//! ```
+//!
+//! Invariants:
+//! - Whoever can connect to the control socket may do what the service does, and no more: it never
+//!   reads a file for a client that the client could not read himself.
+//! - No request blocks a thread of the runtime.
 
+pub mod api;
+pub mod client;
 pub mod config;
+pub mod event;
 pub mod paths;
+pub mod server;
+pub mod service;
 pub mod socket;
+
+mod exports;
+mod job;
+mod metrics;
+mod routes;
+mod upload;
+
+pub use routes::document;

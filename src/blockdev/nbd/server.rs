@@ -15,7 +15,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use nix::sys::socket::{Shutdown, shutdown};
+use nix::sys::socket::{Shutdown, getsockopt, shutdown, sockopt};
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::{UnixListener, UnixStream},
@@ -102,9 +102,11 @@ impl Server {
         self.shared.served.load(Ordering::Relaxed)
     }
 
-    /// How many connections have this export open.
-    pub fn users(&self, name: &str) -> usize {
-        self.shared.live().iter().filter(|session| session.export.name == name).count()
+    /// Who has this export open: one entry a connection, as `pid 4711 (uid 0)`.
+    pub fn clients(&self, name: &str) -> Vec<String> {
+        let sessions = self.shared.live();
+        let theirs = sessions.iter().filter(|session| session.export.name == name);
+        theirs.map(|session| who(&session.socket)).collect()
     }
 
     /// Takes no more connections and no more requests, waits until what is under way is answered,
@@ -127,6 +129,14 @@ impl Server {
 
     fn busy(&self) -> bool {
         !self.shared.live().is_empty()
+    }
+}
+
+/// Who is at the other end of a Unix socket.
+fn who(socket: &OwnedFd) -> String {
+    match getsockopt(socket, sockopt::PeerCredentials) {
+        Ok(peer) => format!("pid {} (uid {})", peer.pid(), peer.uid()),
+        Err(_) => "a client".to_owned(),
     }
 }
 

@@ -1,0 +1,198 @@
+//! `underlay replica`: writable devices that stand on an image.
+
+use clap::{Args, Subcommand};
+
+use super::{
+    Outcome, Setting, out,
+    out::{Side, Table, facts},
+    size,
+};
+use crate::{
+    catalog::{Name, ReplicaState},
+    control::{
+        api::{CreateReplica, Removed, ReplicaView, Resize as ResizeRequest},
+        client::escape,
+    },
+    error::Result,
+};
+
+/// Create, grow and remove replicas, and look at them.
+#[derive(Debug, Subcommand)]
+pub enum Replica {
+    Create(Create),
+    List(List),
+    Inspect(Inspect),
+    Resize(Resize),
+    Rm(Rm),
+}
+
+/// Create a replica: a writable device that begins as the image and keeps its own writes.
+#[derive(Debug, Args)]
+#[command(after_help = "Examples:\n  \
+    underlay replica create vm1 --image debian-12 --disk a\n  \
+    underlay replica create vm2 --image debian-12 --disk b --size 20G")]
+pub struct Create {
+    /// What to call the replica; clients find it as replica/NAME.
+    #[arg(value_parser = super::name)]
+    name: Name,
+    /// The image to stand on: a name or a digest.
+    #[arg(long, value_parser = super::name)]
+    image: Name,
+    /// The disk for the replica's own writes; any but a pool disk.
+    #[arg(long, value_parser = super::name)]
+    disk: Name,
+    /// How large it is, as 20G; the image's size otherwise.
+    #[arg(long, value_parser = super::bytes)]
+    size: Option<u64>,
+}
+
+/// List the replicas.
+#[derive(Debug, Args)]
+#[command(visible_alias = "ls", after_help = "Example:\n  underlay replica list --json")]
+pub struct List {}
+
+/// Show one replica: where it is, what it stores, who is attached.
+#[derive(Debug, Args)]
+#[command(after_help = "Example:\n  underlay replica inspect vm1")]
+pub struct Inspect {
+    /// The replica's name or id.
+    #[arg(value_parser = super::name)]
+    name: Name,
+}
+
+/// Grow a replica, attached or not. Clients see the new size when they connect anew.
+#[derive(Debug, Args)]
+#[command(after_help = "Example:\n  underlay replica resize vm1 40G")]
+pub struct Resize {
+    /// The replica's name or id.
+    #[arg(value_parser = super::name)]
+    name: Name,
+    /// How large it is to be: no less than it is.
+    #[arg(value_parser = super::bytes)]
+    size: u64,
+}
+
+/// Remove a replica and everything that was written to it. Refused while a client is attached.
+#[derive(Debug, Args)]
+#[command(visible_alias = "remove", after_help = "Example:\n  underlay replica rm vm1")]
+pub struct Rm {
+    /// The replica's name or id.
+    #[arg(value_parser = super::name)]
+    name: Name,
+}
+
+impl Replica {
+    pub(super) async fn run(self, setting: &Setting) -> Result<Outcome> {
+        let client = setting.client()?;
+        match self {
+            Replica::Create(create) => {
+                let request = CreateReplica {
+                    name: create.name.into(),
+                    image: create.image.into(),
+                    disk: create.disk.into(),
+                    size: create.size,
+                };
+                let replica: ReplicaView = client.post("/v1/replicas", &request).await?;
+                setting.show(&replica, |replica| {
+                    format!(
+                        "replica {} of {} is ready{}: export {}\n",
+                        replica.status.name,
+                        size::format(replica.status.size),
+                        match replica.created_in_ms {
+                            Some(ms) => format!(" after {ms:.1} ms"),
+                            None => String::new(),
+                        },
+                        replica.export,
+                    )
+                })?;
+            }
+            Replica::List(List {}) => {
+                let replicas: Vec<ReplicaView> = client.get("/v1/replicas").await?;
+                setting.show(&replicas, |replicas| table(replicas))?;
+            }
+            Replica::Inspect(Inspect { name }) => {
+                let replica: ReplicaView = client.get(&path_of(&name)).await?;
+                setting.show(&replica, details)?;
+            }
+            Replica::Resize(Resize { name, size }) => {
+                let path = format!("{}/resize", path_of(&name));
+                let replica: ReplicaView = client.post(&path, &ResizeRequest { size }).await?;
+                setting.show(&replica, |it| {
+                    format!("replica {} has {} now\n", it.status.name, size::format(it.status.size))
+                })?;
+            }
+            Replica::Rm(Rm { name }) => {
+                let removed: Removed = client.delete(&path_of(&name)).await?;
+                setting.show(&removed, |it| super::removed("replica", it))?;
+            }
+        }
+        Ok(Outcome::Well)
+    }
+}
+
+fn path_of(name: &Name) -> String {
+    format!("/v1/replicas/{}", escape(name.as_str()))
+}
+
+/// The replicas as a table.
+pub fn table(replicas: &[ReplicaView]) -> String {
+    let mut table = Table::new(&[
+        ("REPLICA", Side::Left),
+        ("STATE", Side::Left),
+        ("IMAGE", Side::Left),
+        ("DISK", Side::Left),
+        ("SIZE", Side::Right),
+        ("STORED", Side::Right),
+        ("CLIENTS", Side::Right),
+        ("MADE IN", Side::Right),
+    ]);
+    for replica in replicas {
+        table.row([
+            replica.status.name.to_string(),
+            state(replica).to_owned(),
+            super::join(&replica.status.image),
+            replica.status.disk.to_string(),
+            size::format(replica.status.size),
+            size::format(replica.status.stored_bytes),
+            replica.clients.len().to_string(),
+            replica.created_in_ms.map_or("-".to_owned(), |ms| format!("{ms:.1} ms")),
+        ]);
+    }
+    table.text("no replicas yet; make one with: underlay replica create NAME --image I --disk D")
+}
+
+fn details(replica: &ReplicaView) -> String {
+    let status = &replica.status;
+    let mut pairs = vec![
+        ("name", status.name.to_string()),
+        ("id", status.id.to_string()),
+        ("state", state(replica).to_owned()),
+        ("image", format!("{} ({})", super::join(&status.image), status.digest)),
+        ("disk", status.disk.to_string()),
+        ("size", format!("{} ({} bytes)", size::format(status.size), status.size)),
+        ("stored", size::format(status.stored_bytes)),
+        ("created", out::date(status.created)),
+        ("export", replica.export.clone()),
+    ];
+    if let Some(ms) = replica.created_in_ms {
+        pairs.push(("made in", format!("{ms:.1} ms")));
+    }
+    if !replica.clients.is_empty() {
+        pairs.push(("clients", replica.clients.join("\n")));
+    }
+    for reason in [&status.reason, &replica.poisoned].into_iter().flatten() {
+        pairs.push(("reason", reason.clone()));
+    }
+    facts(&pairs)
+}
+
+fn state(replica: &ReplicaView) -> &'static str {
+    match replica.status.state {
+        _ if replica.poisoned.is_some() => "poisoned",
+        ReplicaState::Ready => "ready",
+        ReplicaState::BaseMissing => "image missing",
+        ReplicaState::DiskMissing => "disk missing",
+        ReplicaState::ReadOnly => "read-only",
+        ReplicaState::Failed => "failed",
+    }
+}

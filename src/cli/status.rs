@@ -1,0 +1,67 @@
+//! `underlay status`: the node at a glance.
+
+use clap::Args;
+
+use super::{Outcome, Setting, disk, image, out::facts, replica, size};
+use crate::{control::api, error::Result};
+
+/// Show disks, images, replicas, what is stored, and what is saved against a copy per disk.
+#[derive(Debug, Args)]
+#[command(after_help = "Examples:\n  underlay status\n  underlay status --json")]
+pub struct Status {}
+
+impl Status {
+    pub(super) async fn run(self, setting: &Setting) -> Result<Outcome> {
+        let status: api::Status = setting.client()?.get("/v1/status").await?;
+        setting.show(&status, text)?;
+        Ok(Outcome::Well)
+    }
+}
+
+fn text(status: &api::Status) -> String {
+    [
+        disk::table(&status.disks),
+        image::table(&status.images),
+        replica::table(&status.replicas),
+        totals(status),
+    ]
+    .join("\n")
+}
+
+fn totals(status: &api::Status) -> String {
+    let node = &status.node;
+    let mut pairs = vec![
+        ("stored", size::format(node.stored_bytes)),
+        ("  images", size::format(node.image_bytes)),
+        ("  a copy per disk", size::format(node.per_disk_bytes)),
+        (
+            "saved",
+            match node.per_disk_bytes {
+                0 => size::format(node.saved_bytes),
+                all => format!(
+                    "{} ({:.1} % of a copy per disk)",
+                    size::format(node.saved_bytes),
+                    node.saved_bytes as f64 * 100.0 / all as f64
+                ),
+            },
+        ),
+    ];
+    if let Some(socket) = &status.daemon.nbd_socket {
+        pairs.push(("NBD", socket.display().to_string()));
+    }
+    if let Some(metrics) = &status.daemon.metrics {
+        pairs.push(("metrics", metrics.clone()));
+    }
+    let up = status.daemon.uptime_seconds;
+    pairs.push((
+        "daemon",
+        format!(
+            "version {}, pid {}, up {} h {} min",
+            status.daemon.version,
+            status.daemon.pid,
+            up / 3600,
+            up / 60 % 60
+        ),
+    ));
+    facts(&pairs)
+}

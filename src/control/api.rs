@@ -1,0 +1,199 @@
+//! What the control API takes and gives, besides the catalogue's own status records.
+//!
+//! Names arrive as text and become [`Name`](crate::catalog::Name)s in the handlers, so that a bad
+//! one is refused with the words that say what is allowed.
+
+use std::path::PathBuf;
+
+use serde::{Deserialize, Serialize};
+use utoipa::{IntoParams, ToSchema};
+
+use crate::catalog::{DiskStatus, ImageStatus, NodeStatus, ReplicaStatus, Tier};
+
+/// A disk to add.
+#[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct AddDisk {
+    /// An existing directory, given by its absolute path.
+    #[schema(value_type = String, example = "/mnt/nvme0")]
+    pub path: PathBuf,
+    /// What to call it; the last part of its path otherwise.
+    pub name: Option<String>,
+    /// How fast it is; read from sysfs otherwise.
+    pub tier: Option<Tier>,
+    /// Images only, no replicas.
+    #[serde(default)]
+    pub pool: bool,
+}
+
+/// An image to import from something that the daemon can read itself.
+#[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct ImportImage {
+    /// What to call the image.
+    #[schema(example = "debian-12")]
+    pub name: String,
+    /// Where it comes from.
+    pub source: ImportSource,
+    /// The disk to put the copy on; the daemon chooses otherwise: pool disks first, then free space.
+    pub disk: Option<String>,
+    /// `raw`, `qcow2` or `vmdk`; found out otherwise.
+    pub format: Option<String>,
+    /// SHA-256 that the source, as it is given, must have.
+    pub sha256: Option<String>,
+}
+
+/// Where an image comes from.
+#[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum ImportSource {
+    /// A file of this host. Only for clients of the daemon's own user, or root's: nobody may read
+    /// through the daemon what he could not read himself.
+    File(FileSource),
+    /// An http or https URL.
+    Url(String),
+}
+
+/// A file as the client sees it. The daemon takes it only if it sees the same one at that path.
+#[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
+pub struct FileSource {
+    /// Absolute path.
+    #[schema(value_type = String)]
+    pub path: PathBuf,
+    /// Device number of its file system.
+    pub device: u64,
+    /// Inode number.
+    pub inode: u64,
+}
+
+/// How an image whose content is sent along is to be taken.
+#[derive(Clone, Debug, Default, Serialize, Deserialize, IntoParams)]
+#[serde(deny_unknown_fields)]
+#[into_params(parameter_in = Query)]
+pub struct UploadOptions {
+    /// The disk to put the copy on; the daemon chooses otherwise: pool disks first, then free space.
+    pub disk: Option<String>,
+    /// `raw`, `qcow2` or `vmdk`; found out otherwise.
+    pub format: Option<String>,
+    /// SHA-256 that the content, as it is sent, must have.
+    pub sha256: Option<String>,
+    /// What to call the source in records and errors.
+    pub source: Option<String>,
+}
+
+/// An image as the API shows it.
+#[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
+pub struct ImageView {
+    /// What the catalogue knows.
+    #[serde(flatten)]
+    pub status: ImageStatus,
+    /// The clients that read it now.
+    pub clients: Vec<String>,
+}
+
+/// A replica to create.
+#[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct CreateReplica {
+    /// What to call it.
+    #[schema(example = "vm1")]
+    pub name: String,
+    /// The image to stand on: a name or a digest.
+    pub image: String,
+    /// The disk to put its writes on.
+    pub disk: String,
+    /// Bytes; the image's size otherwise. A multiple of 512, and no less than the image.
+    pub size: Option<u64>,
+}
+
+/// A replica as the API shows it.
+#[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
+pub struct ReplicaView {
+    /// What the catalogue knows.
+    #[serde(flatten)]
+    pub status: ReplicaStatus,
+    /// Its export on the NBD socket.
+    #[schema(example = "replica/vm1")]
+    pub export: String,
+    /// The clients that are attached now.
+    pub clients: Vec<String>,
+    /// Why its writes are refused since a sync failed; reads go on.
+    pub poisoned: Option<String>,
+    /// How long its creation took, if this daemon created it.
+    pub created_in_ms: Option<f64>,
+}
+
+/// How large a replica is to be.
+#[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Resize {
+    /// Bytes: a multiple of 512, and no less than now.
+    pub size: u64,
+}
+
+/// What was removed.
+#[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
+pub struct Removed {
+    /// The name under which it was known.
+    pub removed: String,
+    /// What is left of it, and where, if anything is.
+    pub note: Option<String>,
+}
+
+/// Whether `fsck` mends what it finds.
+#[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct FsckRequest {
+    /// Mend what can be mended; only report otherwise.
+    pub repair: bool,
+}
+
+/// What a verification found.
+#[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
+pub struct Verification {
+    /// The image.
+    pub image: String,
+    /// Its identity.
+    pub digest: String,
+    /// Whether the copy is what was imported: chunks, length and digest.
+    pub sound: bool,
+    /// Bytes that were read; what is known to be zeros and is a hole is not.
+    pub bytes: u64,
+    /// Chunks of 256 KiB in it.
+    pub chunks: u64,
+    /// The numbers of those that are not what was imported, the first thousand of them.
+    pub bad_chunks: Vec<u64>,
+    /// How many those are.
+    pub bad: u64,
+}
+
+/// The node: what is there, what it takes, what is saved.
+#[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
+pub struct Status {
+    /// The daemon itself.
+    pub daemon: Daemon,
+    /// The node in figures.
+    pub node: NodeStatus,
+    /// Every disk that the node knows, there or not.
+    pub disks: Vec<DiskStatus>,
+    /// Every image.
+    pub images: Vec<ImageView>,
+    /// Every replica.
+    pub replicas: Vec<ReplicaView>,
+}
+
+/// The daemon itself.
+#[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
+pub struct Daemon {
+    /// Its version.
+    pub version: String,
+    /// Its process.
+    pub pid: u32,
+    /// How long it has been up.
+    pub uptime_seconds: u64,
+    /// Where NBD clients connect.
+    #[schema(value_type = Option<String>)]
+    pub nbd_socket: Option<PathBuf>,
+    /// Where metrics are served besides the control socket.
+    pub metrics: Option<String>,
+}

@@ -1,0 +1,379 @@
+//! The devices that are open: each image and replica at most once, shared by all who use it.
+//!
+//! Replicas open at their first use and stay open until they are removed or the service stops;
+//! images are open for as long as a replica or a client uses them.
+//!
+//! Invariants:
+//! - Two overlays are never open on one replica's files: opening, growing and removing a replica
+//!   happen under its slot's lock, and its export leaves the slot only when nobody else holds it.
+//! - A lock on a slot is held across I/O on that replica's own disk and its image's, on no other:
+//!   a disk that hangs holds up its own replicas only.
+
+use std::{
+    collections::HashMap,
+    future::Future,
+    pin::Pin,
+    sync::{Arc, Mutex, MutexGuard, PoisonError, Weak},
+    time::Duration,
+};
+
+use nix::fcntl::OFlag;
+use tokio::{sync::Mutex as AsyncMutex, time::timeout};
+use uuid::Uuid;
+
+use crate::{
+    blockdev::{
+        AnyDevice, BaseImage, Replica,
+        nbd::{Export, Exports as Offered},
+    },
+    catalog::{Digest, Name, Node, ReplicaStatus, Tier},
+    control::{config::Caching, service::blocking},
+    cow::Overlay,
+    error::{Context, Error, Kind, Result},
+    image::ChunkTable,
+    io::{Ring, RingFile, Rings},
+    units::Chunk,
+};
+
+/// What stands before an image's name in the name of its export.
+pub const IMAGE: &str = "image/";
+/// What stands before a replica's name in the name of its export.
+pub const REPLICA: &str = "replica/";
+
+type Base = BaseImage<Ring>;
+type Slot<T> = Arc<AsyncMutex<T>>;
+
+/// The table of open devices.
+pub struct Exports {
+    node: Node,
+    rings: Arc<Rings>,
+    caching: Caches,
+    bases: Mutex<HashMap<Digest, Slot<Weak<Base>>>>,
+    replicas: Mutex<HashMap<Uuid, Slot<Option<Opened>>>>,
+}
+
+/// How files are opened.
+#[derive(Clone, Copy, Debug)]
+pub struct Caches {
+    /// Copies of images.
+    pub images: Caching,
+    /// Overlays.
+    pub overlays: Caching,
+}
+
+/// A replica that is open.
+struct Opened {
+    export: Arc<Export>,
+    replica: Arc<Replica<Ring>>,
+}
+
+impl Opened {
+    /// Whether a client, or one that is about to be, holds it.
+    fn is_shared(&self) -> bool {
+        Arc::strong_count(&self.export) > 1
+    }
+}
+
+impl Exports {
+    /// An empty table for `node`, whose devices are served by `rings`.
+    pub fn new(node: Node, rings: Arc<Rings>, caching: Caches) -> Exports {
+        Exports { node, rings, caching, bases: Mutex::default(), replicas: Mutex::default() }
+    }
+
+    /// The image of this name or digest as an export.
+    async fn open_image(&self, name: Name) -> Result<Arc<Export>> {
+        let node = self.node.clone();
+        let status = blocking(move || node.image(&name)).await?;
+        let name = status.names.first().map_or_else(|| status.digest.to_string(), Name::to_string);
+        let base = self.base(status.digest).await?;
+        Ok(Arc::new(Export {
+            description: format!("image {name} ({} bytes)", status.size),
+            name: format!("{IMAGE}{name}"),
+            device: AnyDevice::Base(base),
+        }))
+    }
+
+    /// The image of this digest, opened unless it is open.
+    async fn base(&self, digest: Digest) -> Result<Arc<Base>> {
+        let slot = {
+            let mut bases = locked(&self.bases);
+            // Slots of images that nobody uses any more, and nobody is about to open.
+            bases.retain(|_, slot| {
+                Arc::strong_count(slot) > 1
+                    || slot.try_lock().is_ok_and(|base| base.strong_count() > 0)
+            });
+            bases.entry(digest).or_default().clone()
+        };
+        let mut slot = slot.lock().await;
+        if let Some(base) = slot.upgrade() {
+            return Ok(base);
+        }
+        let (node, caching) = (self.node.clone(), self.caching.images);
+        let base = blocking(move || open_base(&node, digest, caching)).await?;
+        let base = Arc::new(base);
+        *slot = Arc::downgrade(&base);
+        Ok(base)
+    }
+
+    /// The replica of this name or id as an export, opened unless it is open.
+    pub async fn open_replica(&self, name: Name) -> Result<Arc<Export>> {
+        let status = self.replica_status(name).await?;
+        let slot = self.slot(status.id);
+        let mut slot = slot.lock().await;
+        Ok(self.opened(&mut slot, status).await?.export.clone())
+    }
+
+    /// Grows a replica, open or not.
+    pub async fn resize_replica(&self, name: Name, size: u64) -> Result<()> {
+        let status = self.replica_status(name).await?;
+        let slot = self.slot(status.id);
+        let mut slot = slot.lock().await;
+        let name = status.name.clone();
+        let replica = self.opened(&mut slot, status).await?.replica.clone();
+        let now = replica.overlay().size();
+        if size < now || !size.is_multiple_of(crate::units::SECTOR) {
+            return Err(Error::new(
+                Kind::Invalid,
+                format!(
+                    "replica {name}: it has {now} bytes and can't get {size}: it can only grow, \
+                     to a multiple of 512"
+                ),
+            ));
+        }
+        let grown =
+            self.run(move |ring| async move { replica.overlay().resize(&ring, size).await });
+        grown.await.map_err(|error| error.within(format!("replica {name}")))?;
+        let node = self.node.clone();
+        blocking(move || node.set_replica_size(&name, size)).await
+    }
+
+    /// Removes a replica by `remove`, unless somebody uses it.
+    pub async fn remove_replica<T: Send + 'static>(
+        &self,
+        name: Name,
+        clients: impl FnOnce(&str) -> Vec<String>,
+        remove: impl FnOnce(&Node, &Name) -> Result<T> + Send + 'static,
+    ) -> Result<T> {
+        let status = self.replica_status(name.clone()).await?;
+        let entry = self.slot(status.id);
+        let mut slot = entry.lock().await;
+        if slot.as_ref().is_some_and(Opened::is_shared) {
+            let clients = clients(&format!("{REPLICA}{}", status.name));
+            return Err(Error::new(
+                Kind::InUse,
+                format!(
+                    "replica {}: a client is attached{}; disconnect it first",
+                    status.name,
+                    match clients.as_slice() {
+                        [] => String::new(),
+                        some => format!(" ({})", some.join(", ")),
+                    }
+                ),
+            ));
+        }
+        // The slot stays locked, and what was open in it stays as it was should this fail.
+        let node = self.node.clone();
+        let removed = blocking(move || remove(&node, &name)).await?;
+        *slot = None;
+        locked(&self.replicas).remove(&status.id);
+        Ok(removed)
+    }
+
+    /// Flushes and checkpoints every open replica, within `limit`. Those that failed, and why.
+    pub async fn close(&self, limit: Duration) -> Vec<Error> {
+        let slots: Vec<_> = locked(&self.replicas).drain().map(|(_, slot)| slot).collect();
+        let closing = slots.into_iter().map(|slot| async move {
+            let Some(Opened { export, replica }) = slot.lock().await.take() else { return Ok(()) };
+            let name = export.name.clone();
+            let close = self.run(move |ring| async move { replica.overlay().close(&ring).await });
+            close.await.map_err(|error| error.within(format!("closing {name}")))
+        });
+        match timeout(limit, futures_util::future::join_all(closing)).await {
+            Ok(results) => results.into_iter().filter_map(Result::err).collect(),
+            Err(_) => vec![Error::new(
+                Kind::Io,
+                format!(
+                    "some replicas did not close within {} s, their disks hang; what was flushed \
+                     is safe, and they recover when they are opened next",
+                    limit.as_secs()
+                ),
+            )],
+        }
+    }
+
+    /// Visits every open replica that is not being opened or changed right now.
+    pub fn each_open(&self, mut visit: impl FnMut(Uuid, &Replica<Ring>)) {
+        let slots: Vec<_> =
+            locked(&self.replicas).iter().map(|(id, slot)| (*id, slot.clone())).collect();
+        for (id, slot) in slots {
+            if let Ok(slot) = slot.try_lock()
+                && let Some(opened) = slot.as_ref()
+            {
+                visit(id, &opened.replica);
+            }
+        }
+    }
+
+    fn slot(&self, id: Uuid) -> Slot<Option<Opened>> {
+        locked(&self.replicas).entry(id).or_default().clone()
+    }
+
+    async fn replica_status(&self, name: Name) -> Result<ReplicaStatus> {
+        let node = self.node.clone();
+        blocking(move || node.replica(&name)).await
+    }
+
+    /// What is in the slot, opened if nothing is.
+    async fn opened<'a>(
+        &self,
+        slot: &'a mut Option<Opened>,
+        status: ReplicaStatus,
+    ) -> Result<&'a Opened> {
+        if slot.is_none() {
+            *slot = Some(self.open_overlay(status).await?);
+        }
+        slot.as_ref().ok_or_else(|| unreachable!("the slot was filled above"))
+    }
+
+    async fn open_overlay(&self, status: ReplicaStatus) -> Result<Opened> {
+        let name = status.name.clone();
+        let base = self
+            .base(status.digest)
+            .await
+            .map_err(|error| error.within(format!("replica {name}")))?;
+        let (node, caching, by) = (self.node.clone(), self.caching.overlays, name.clone());
+        let files = blocking(move || open_files(&node, &by, caching)).await?;
+        let Files { id, data, map, rotational } = files;
+        let overlay = self
+            .run(move |ring| async move { Overlay::open(&ring, data, map, id).await })
+            .await
+            .map_err(|error| error.within(format!("replica {name}")))?;
+        if overlay.size() != status.size {
+            // It grew right before a crash; the overlay's own word counts.
+            let (node, by, size) = (self.node.clone(), name.clone(), overlay.size());
+            blocking(move || node.set_replica_size(&by, size)).await?;
+        }
+        let replica = Arc::new(Replica::new(overlay, base, rotational));
+        let export = Arc::new(Export {
+            description: format!("replica {name} on disk {}", status.disk),
+            name: format!("{REPLICA}{name}"),
+            device: AnyDevice::Replica(replica.clone()),
+        });
+        Ok(Opened { export, replica })
+    }
+
+    /// Runs a future on one of the rings.
+    async fn run<T, F>(&self, make: impl FnOnce(Ring) -> F + Send + 'static) -> Result<T>
+    where
+        T: Send + 'static,
+        F: Future<Output = Result<T>> + 'static,
+    {
+        let gone = || Error::new(Kind::Unavailable, "the I/O thread is gone; restart the daemon");
+        self.rings.run(self.rings.pick(), make).await.ok_or_else(gone)?
+    }
+}
+
+impl Offered for Exports {
+    fn list(&self) -> Vec<(String, String)> {
+        // Reads the catalogue, which may wait for a disk.
+        tokio::task::block_in_place(|| {
+            let images = self.node.images().into_iter().flat_map(|image| {
+                let about = format!("image of {} bytes", image.size);
+                image.names.into_iter().map(move |name| (format!("{IMAGE}{name}"), about.clone()))
+            });
+            let replicas = self.node.replicas().into_iter().map(|replica| {
+                let about = format!("replica of {} bytes on disk {}", replica.size, replica.disk);
+                (format!("{REPLICA}{}", replica.name), about)
+            });
+            images.chain(replicas).collect()
+        })
+    }
+
+    fn open<'a>(
+        &'a self,
+        name: &'a str,
+    ) -> Pin<Box<dyn Future<Output = Result<Arc<Export>>> + Send + 'a>> {
+        Box::pin(async move {
+            if let Some(name) = name.strip_prefix(IMAGE) {
+                self.open_image(name.parse()?).await
+            } else if let Some(name) = name.strip_prefix(REPLICA) {
+                self.open_replica(name.parse()?).await
+            } else {
+                Err(Error::new(
+                    Kind::NotFound,
+                    "no such export: exports are called image/NAME and replica/NAME",
+                ))
+            }
+        })
+    }
+}
+
+/// The two files of an overlay.
+struct Files {
+    id: Uuid,
+    data: RingFile,
+    map: RingFile,
+    rotational: bool,
+}
+
+fn open_files(node: &Node, name: &Name, caching: Caching) -> Result<Files> {
+    let open = node.open_replica(name)?;
+    let what = || format!("replica {name}: opening its overlay");
+    let file = |file: &dyn Fn(OFlag) -> Result<std::fs::File>| -> Result<RingFile> {
+        RingFile::new(opened(caching, file)?).context(what)
+    };
+    Ok(Files {
+        id: open.id,
+        data: file(&|flags| open.open_data(flags))?,
+        map: file(&|flags| open.open_map(flags))?,
+        rotational: turns(node, &open.disk),
+    })
+}
+
+fn open_base(node: &Node, digest: Digest, caching: Caching) -> Result<Base> {
+    let by: Name = digest.to_string().parse()?;
+    let copy = node.open_copy(&by)?;
+    let table = ChunkTable::load(&copy.chunks, &format!("the chunk table of image {digest}"))?;
+    if table.digest().0 != digest.0 || table.size() != copy.size {
+        return Err(Error::new(
+            Kind::Corrupt,
+            format!("image {digest}: its chunk table is that of another image; import it again"),
+        ));
+    }
+    let zeros = (0..table.chunks()).map(Chunk).map(|chunk| match table.is_zero(chunk) {
+        true => u64::MAX,
+        false => table.sum(chunk).map_or(0, |sum| sum.zeros),
+    });
+    let zeros: Box<[u64]> = zeros.collect();
+    let data = opened(caching, &|flags| match flags.is_empty() {
+        true => copy.data.try_clone().context(|| format!("image {digest}")),
+        false => copy.reopen_data(flags),
+    })?;
+    let data = RingFile::new(data).context(|| format!("image {digest}: opening its content"))?;
+    let base = BaseImage::new(digest.to_string(), data, copy.size, zeros)?;
+    Ok(if turns(node, &copy.disk) { base.on_rotating_disk() } else { base })
+}
+
+/// Opens a file past the page cache if that is wanted and its file system can.
+fn opened(
+    caching: Caching,
+    open: &dyn Fn(OFlag) -> Result<std::fs::File>,
+) -> Result<std::fs::File> {
+    match caching {
+        Caching::Cached => open(OFlag::empty()),
+        Caching::Direct => match open(OFlag::O_DIRECT) {
+            // tmpfs of old and some network file systems.
+            Err(error) if error.kind() == Kind::Io => open(OFlag::empty()),
+            other => other,
+        },
+    }
+}
+
+fn turns(node: &Node, disk: &Name) -> bool {
+    node.disk(disk).is_ok_and(|disk| disk.tier == Some(Tier::Hdd))
+}
+
+fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    // Nothing here panics half way through a change to a table.
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}

@@ -1,0 +1,123 @@
+//! Long work of the API: it runs on a thread of its own and tells its progress in lines.
+//!
+//! Invariants:
+//! - The work is told to stop as soon as nobody listens any more.
+//! - A client that reads slowly loses progress lines, never the last line; it holds nothing up.
+
+use std::{
+    convert::Infallible,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Duration,
+};
+
+use axum::{
+    body::{Body, Bytes},
+    http::{Response, header},
+};
+use serde::Serialize;
+use tokio::sync::{mpsc, watch};
+use tokio_stream::StreamExt;
+
+use crate::{
+    control::event::{Event, Progress},
+    error::{Error, Kind, Result},
+};
+
+/// How often progress is told. It also is how soon a client that vanished without a word is noticed.
+const BEAT: Duration = Duration::from_millis(500);
+
+/// What a piece of work needs to know of the world.
+pub struct Job {
+    progress: watch::Sender<Option<Progress>>,
+    cancel: Arc<AtomicBool>,
+}
+
+impl Job {
+    /// Says how far the work is. Cheap: only the latest word within half a second is told.
+    pub fn report(&self, progress: Progress) {
+        self.progress.send_replace(Some(progress));
+    }
+
+    /// Set once the work is to stop.
+    pub fn cancel(&self) -> &Arc<AtomicBool> {
+        &self.cancel
+    }
+}
+
+/// Sets its flag when it goes: the answer's body holds it, and goes with the connection.
+struct CancelOnDrop(Arc<AtomicBool>);
+
+impl Drop for CancelOnDrop {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Release);
+    }
+}
+
+/// Runs `work` on a thread that may block, and answers with its events, a line each.
+pub fn stream<T, F>(work: F) -> Response<Body>
+where
+    T: Serialize + Send + 'static,
+    F: FnOnce(&Job) -> Result<T> + Send + 'static,
+{
+    let (lines, answer) = mpsc::channel::<Bytes>(4);
+    let (progress, told) = watch::channel(None);
+    let cancel = Arc::new(AtomicBool::new(false));
+    let guard = CancelOnDrop(cancel.clone());
+    let job = Job { progress, cancel };
+    let work = tokio::task::spawn_blocking(move || work(&job));
+    tokio::spawn(tell(work, told, lines));
+    let body = tokio_stream::wrappers::ReceiverStream::new(answer).map(move |line| {
+        let _held_by_the_body = &guard;
+        Ok::<_, Infallible>(line)
+    });
+    let mut response = Response::new(Body::from_stream(body));
+    let kind = header::HeaderValue::from_static("application/x-ndjson");
+    response.headers_mut().insert(header::CONTENT_TYPE, kind);
+    response
+}
+
+async fn tell<T: Serialize>(
+    work: tokio::task::JoinHandle<Result<T>>,
+    mut told: watch::Receiver<Option<Progress>>,
+    lines: mpsc::Sender<Bytes>,
+) {
+    let mut work = work;
+    let mut beat = tokio::time::interval(BEAT);
+    let last = loop {
+        tokio::select! {
+            result = &mut work => break result,
+            _ = beat.tick() => {
+                let progress = told.borrow_and_update().clone();
+                if let Some(progress) = progress {
+                    let _ = lines.try_send(line(&Event::<T>::Progress(progress)));
+                }
+            }
+        }
+    };
+    let event = match last {
+        Ok(Ok(result)) => Event::Done(result),
+        Ok(Err(error)) => {
+            tracing::warn!(%error, "request failed");
+            Event::Error((&error).into())
+        }
+        Err(panic) => {
+            tracing::error!(%panic, "a job died");
+            Event::Error((&Error::new(Kind::Io, "internal error; see the daemon's log")).into())
+        }
+    };
+    // Nobody to hear it is fine: the client has gone.
+    let _ = lines.send(line(&event)).await;
+}
+
+fn line<T: Serialize>(event: &Event<T>) -> Bytes {
+    let mut line = serde_json::to_vec(event).unwrap_or_else(|error| {
+        // A type of ours that JSON has no words for; the client sees the line as broken.
+        tracing::error!(%error, "an event that can't be told");
+        Vec::new()
+    });
+    line.push(b'\n');
+    line.into()
+}

@@ -1,0 +1,458 @@
+//! The node's service: what the API can ask of catalogue, images, overlays and front ends together.
+//!
+//! Invariants:
+//! - Nothing here holds up a tokio thread: whatever touches a disk runs where blocking is allowed,
+//!   or on a ring.
+//! - What is attached is not removed, and the refusal names who holds it.
+
+use std::{
+    collections::HashMap,
+    path::PathBuf,
+    sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError},
+    time::{Duration, Instant},
+};
+
+use uuid::Uuid;
+
+use crate::{
+    blockdev::nbd,
+    catalog::{
+        self, DiskOptions, DiskStatus, FsckReport, ImageMeta, ImageStatus, Name, NewReplica, Node,
+        Placement, Repair, ReplicaStatus, StagedCopy,
+    },
+    control::{
+        api::*,
+        config::Config,
+        event::Progress,
+        exports::{Caches, Exports, IMAGE, REPLICA},
+        job::Job,
+        metrics::Metrics,
+        socket::Socket,
+    },
+    cow::Overlay,
+    error::{Context, Error, Kind, Result},
+    image::{self, ChunkTable, Format, ImportRequest, Source},
+    io::{Ring, Rings},
+};
+
+/// I/O threads when the configuration leaves it open, at most.
+const THREADS: usize = 8;
+/// Damaged chunks that a verification names.
+const BAD_TOLD: usize = 1000;
+
+/// A node's service.
+pub struct Service {
+    node: Node,
+    exports: Arc<Exports>,
+    server: nbd::Server,
+    metrics: Metrics,
+    nbd_socket: Option<PathBuf>,
+    metrics_at: OnceLock<String>,
+    started: Instant,
+    /// How long the replicas took that this process created.
+    created_in: Mutex<HashMap<Uuid, Duration>>,
+}
+
+impl Service {
+    /// Opens the node, and serves its devices on `socket`.
+    pub async fn start(config: &Config, socket: &Socket) -> Result<Arc<Service>> {
+        let state = config.state.clone();
+        let node = blocking(move || Node::open(&state)).await?;
+        for disk in node.disks().iter().filter(|disk| disk.reason.is_some()) {
+            let reason = disk.reason.as_deref().unwrap_or_default();
+            tracing::warn!(disk = %disk.name, reason, "a disk can't be used as it should be");
+        }
+        let threads = match config.threads {
+            0 => std::thread::available_parallelism().map_or(1, |n| n.get()).min(THREADS),
+            threads => threads,
+        };
+        let rings = Arc::new(Rings::start(threads).context(|| {
+            "starting io_uring (Linux 6.1 or later, and not forbidden to this process: see \
+             `underlay doctor`)"
+        })?);
+        let caching = Caches { images: config.image_io, overlays: config.overlay_io };
+        let exports = Arc::new(Exports::new(node.clone(), rings.clone(), caching));
+        let listener = tokio::net::UnixListener::from_std(socket.listener()?)
+            .context(|| "listening on the NBD socket")?;
+        let server = nbd::Server::start(listener, rings, exports.clone());
+        Ok(Arc::new(Service {
+            node,
+            exports,
+            server,
+            metrics: Metrics::default(),
+            nbd_socket: socket.path(),
+            metrics_at: OnceLock::new(),
+            started: Instant::now(),
+            created_in: Mutex::default(),
+        }))
+    }
+
+    /// Says where else the metrics are.
+    pub fn metrics_are_at(&self, address: String) {
+        // Set once, at the start.
+        let _ = self.metrics_at.set(address);
+    }
+
+    /// Where the metrics are besides the control socket.
+    pub fn metrics_address(&self) -> Option<String> {
+        self.metrics_at.get().cloned()
+    }
+
+    /// Takes no more NBD clients, lets requests under way end, flushes and closes what is open.
+    /// What could not be closed, and why.
+    pub async fn stop(&self, limit: Duration) -> Vec<Error> {
+        if tokio::time::timeout(limit, self.server.stop()).await.is_err() {
+            tracing::warn!("NBD requests were still under way; their clients are cut off");
+        }
+        self.exports.close(limit).await
+    }
+
+    /// The node at a glance.
+    pub async fn status(&self) -> Result<Status> {
+        let node = self.node.clone();
+        let (figures, disks) = blocking(move || Ok((node.status(), node.disks()))).await?;
+        Ok(Status {
+            daemon: Daemon {
+                version: env!("CARGO_PKG_VERSION").to_owned(),
+                pid: std::process::id(),
+                uptime_seconds: self.started.elapsed().as_secs(),
+                nbd_socket: self.nbd_socket.clone(),
+                metrics: self.metrics_address(),
+            },
+            node: figures,
+            disks,
+            images: self.images().await?,
+            replicas: self.replicas().await?,
+        })
+    }
+
+    /// Every disk.
+    pub async fn disks(&self) -> Result<Vec<DiskStatus>> {
+        let node = self.node.clone();
+        blocking(move || Ok(node.disks())).await
+    }
+
+    /// One disk.
+    pub async fn disk(&self, name: Name) -> Result<DiskStatus> {
+        let node = self.node.clone();
+        blocking(move || node.disk(&name)).await
+    }
+
+    /// Gives a disk to the node.
+    pub async fn add_disk(&self, disk: AddDisk) -> Result<DiskStatus> {
+        if !disk.path.is_absolute() {
+            let what =
+                format!("disk {}: give its path from the root, as /mnt/a", disk.path.display());
+            return Err(Error::new(Kind::Invalid, what));
+        }
+        let options = DiskOptions {
+            name: parsed(disk.name)?,
+            tier: disk.tier,
+            placement: disk.pool.then_some(Placement::Pool),
+        };
+        let node = self.node.clone();
+        let added = blocking(move || node.add_disk(&disk.path, options)).await?;
+        tracing::info!(disk = %added.name, path = %added.path.display(), "disk added");
+        Ok(added)
+    }
+
+    /// Forgets a disk.
+    pub async fn remove_disk(&self, name: Name) -> Result<Removed> {
+        let (node, by) = (self.node.clone(), name.clone());
+        let forgotten = blocking(move || node.remove_disk(&by)).await?;
+        tracing::info!(disk = %name, ?forgotten, "disk removed");
+        let note = match forgotten {
+            catalog::Forgotten::Erased => None,
+            catalog::Forgotten::Kept => {
+                Some("its files are where they were; `underlay disk add` brings them back".into())
+            }
+        };
+        Ok(Removed { removed: name.into(), note })
+    }
+
+    /// Every image.
+    pub async fn images(&self) -> Result<Vec<ImageView>> {
+        let node = self.node.clone();
+        let images = blocking(move || Ok(node.images())).await?;
+        Ok(images.into_iter().map(|status| self.image_view(status)).collect())
+    }
+
+    /// One image.
+    pub async fn image(&self, name: Name) -> Result<ImageView> {
+        let node = self.node.clone();
+        Ok(self.image_view(blocking(move || node.image(&name)).await?))
+    }
+
+    fn image_view(&self, status: ImageStatus) -> ImageView {
+        let clients = |name: &Name| self.server.clients(&format!("{IMAGE}{name}"));
+        ImageView { clients: status.names.iter().flat_map(clients).collect(), status }
+    }
+
+    /// Prepares an import: what is wrong with the request itself is told before any content is read.
+    pub async fn prepare_import(
+        self: &Arc<Self>,
+        name: Name,
+        options: UploadOptions,
+    ) -> Result<Import> {
+        let format = match options.format.as_deref() {
+            None | Some("auto") => Format::Auto,
+            Some("raw") => Format::Raw,
+            Some("qcow2") => Format::Qcow2,
+            Some("vmdk") => Format::Vmdk,
+            Some(other) => {
+                let shown: String = other.chars().take(40).collect();
+                let what = format!("format {shown:?} is not known: raw, qcow2, vmdk or auto");
+                return Err(Error::new(Kind::Invalid, what));
+            }
+        };
+        let sha256 = match options.sha256 {
+            Some(text) => {
+                Some(text.to_ascii_lowercase().parse::<catalog::Digest>().map_err(|_| {
+                    Error::new(Kind::Invalid, "sha256 is not 64 hexadecimal digits")
+                })?)
+            }
+            None => None,
+        };
+        let disk = parsed(options.disk)?;
+        let node = self.node.clone();
+        let staged = blocking(move || node.stage_copy(disk.as_ref(), 0)).await?;
+        Ok(Import { service: self.clone(), name, format, sha256, staged })
+    }
+
+    /// Removes a name of an image, and with the last one the image.
+    pub async fn remove_image(&self, name: Name) -> Result<Removed> {
+        let image = self.image(name.clone()).await?;
+        if image.status.names.len() < 2 && !image.clients.is_empty() {
+            return Err(Error::new(
+                Kind::InUse,
+                format!(
+                    "image {name}: a client reads it ({}); disconnect it first",
+                    image.clients.join(", ")
+                ),
+            ));
+        }
+        let (node, by) = (self.node.clone(), name.clone());
+        let unnamed = blocking(move || node.remove_image(&by)).await?;
+        tracing::info!(image = %name, ?unnamed, "image name removed");
+        let note = match unnamed {
+            catalog::Unnamed::Removed => None,
+            catalog::Unnamed::Kept => Some("the image has other names and is kept".to_owned()),
+        };
+        Ok(Removed { removed: name.into(), note })
+    }
+
+    /// Prepares the verification of an image.
+    pub async fn prepare_verify(&self, name: Name) -> Result<Verify> {
+        let (node, by) = (self.node.clone(), name.clone());
+        let copy = blocking(move || node.open_copy(&by)).await?;
+        Ok(Verify { name, copy })
+    }
+
+    /// Every replica.
+    pub async fn replicas(&self) -> Result<Vec<ReplicaView>> {
+        let node = self.node.clone();
+        let replicas = blocking(move || Ok(node.replicas())).await?;
+        let mut poisoned = HashMap::new();
+        self.exports.each_open(|id, replica| {
+            if let Some(reason) = replica.overlay().poisoned() {
+                poisoned.insert(id, reason.to_owned());
+            }
+        });
+        let mut view = |status: ReplicaStatus| {
+            let poisoned = poisoned.remove(&status.id);
+            self.replica_view(status, poisoned)
+        };
+        Ok(replicas.into_iter().map(&mut view).collect())
+    }
+
+    /// One replica.
+    pub async fn replica(&self, name: Name) -> Result<ReplicaView> {
+        let node = self.node.clone();
+        let status = blocking(move || node.replica(&name)).await?;
+        let mut poisoned = None;
+        self.exports.each_open(|id, replica| {
+            if id == status.id {
+                poisoned = replica.overlay().poisoned().map(str::to_owned);
+            }
+        });
+        Ok(self.replica_view(status, poisoned))
+    }
+
+    fn replica_view(&self, status: ReplicaStatus, poisoned: Option<String>) -> ReplicaView {
+        let export = format!("{REPLICA}{}", status.name);
+        let created_in = locked(&self.created_in).get(&status.id).copied();
+        ReplicaView {
+            clients: self.server.clients(&export),
+            export,
+            poisoned,
+            created_in_ms: created_in.map(|took| took.as_secs_f64() * 1000.0),
+            status,
+        }
+    }
+
+    /// Creates a replica.
+    pub async fn create_replica(&self, replica: CreateReplica) -> Result<ReplicaView> {
+        let new = NewReplica {
+            name: replica.name.parse()?,
+            image: replica.image.parse()?,
+            disk: replica.disk.parse()?,
+            size: replica.size,
+        };
+        let node = self.node.clone();
+        let (status, took) = blocking(move || {
+            let started = Instant::now();
+            let status = node.create_replica(new, Overlay::<Ring>::blank)?;
+            Ok((status, started.elapsed()))
+        })
+        .await?;
+        self.metrics.replica_created(took);
+        locked(&self.created_in).insert(status.id, took);
+        tracing::info!(
+            replica = %status.name, disk = %status.disk, ms = took.as_millis(), "replica created"
+        );
+        Ok(self.replica_view(status, None))
+    }
+
+    /// Removes a replica.
+    pub async fn remove_replica(&self, name: Name) -> Result<Removed> {
+        let removal = self.exports.remove_replica(
+            name.clone(),
+            |export| self.server.clients(export),
+            |node, name| node.remove_replica(name),
+        );
+        let removed = removal.await?;
+        tracing::info!(replica = %name, ?removed, "replica removed");
+        let note = match removed {
+            catalog::Removed::Whole => None,
+            catalog::Removed::ReferenceOnly => Some(
+                "its disk is not there: it holds its image no longer, and its files are where \
+                 they were"
+                    .to_owned(),
+            ),
+        };
+        Ok(Removed { removed: name.into(), note })
+    }
+
+    /// Grows a replica.
+    pub async fn resize_replica(&self, name: Name, size: u64) -> Result<ReplicaView> {
+        self.exports.resize_replica(name.clone(), size).await?;
+        tracing::info!(replica = %name, size, "replica resized");
+        self.replica(name).await
+    }
+
+    /// Looks for what is inconsistent, and mends it if asked to.
+    pub async fn fsck(&self, request: FsckRequest) -> Result<FsckReport> {
+        let repair = if request.repair { Repair::Mend } else { Repair::Report };
+        let node = self.node.clone();
+        let report = blocking(move || node.fsck(repair)).await?;
+        tracing::info!(problems = report.problems.len(), ?repair, "fsck");
+        Ok(report)
+    }
+
+    /// The figures, in the OpenMetrics text format.
+    pub async fn metrics(&self) -> Result<String> {
+        let status = self.status().await?;
+        let mut overlays = HashMap::new();
+        self.exports.each_open(|id, replica| {
+            overlays.insert(id, replica.overlay().stats());
+        });
+        self.metrics.text(&status, &overlays, self.server.connections(), self.server.served())
+    }
+}
+
+/// An import that can begin.
+pub struct Import {
+    service: Arc<Service>,
+    name: Name,
+    format: Format,
+    sha256: Option<catalog::Digest>,
+    staged: StagedCopy,
+}
+
+impl Import {
+    /// Reads `source` to its end and publishes what it holds. Blocks.
+    pub fn import(self, source: Source, job: &Job) -> Result<ImageView> {
+        let started = Instant::now();
+        let request = ImportRequest {
+            name: self.name.to_string(),
+            source,
+            format: self.format,
+            sha256: self.sha256.map(|digest| image::Digest(digest.0)),
+        };
+        let report = |progress| job.report(Progress::from(progress));
+        let imported = image::import(request, self.staged.path(), &report, job.cancel())?;
+        let status = self.staged.publish(ImageMeta {
+            name: self.name.clone(),
+            digest: catalog::Digest(imported.digest.0),
+            size: imported.size,
+            source: imported.source,
+            source_sha256: imported.source_sha256.map(|digest| catalog::Digest(digest.0)),
+        })?;
+        tracing::info!(
+            image = %self.name, digest = %status.digest, ms = started.elapsed().as_millis(),
+            "image imported"
+        );
+        Ok(self.service.image_view(status))
+    }
+}
+
+/// A verification that can begin.
+pub struct Verify {
+    name: Name,
+    copy: catalog::OpenCopy,
+}
+
+impl Verify {
+    /// Reads the image to its end. Blocks.
+    pub fn run(self, job: &Job) -> Result<Verification> {
+        let what = format!("image {}", self.name);
+        let table = ChunkTable::load(&self.copy.chunks, &format!("the chunk table of {what}"))?;
+        let report = |progress| job.report(Progress::from(progress));
+        let found = image::verify(&self.copy.data, &table, &what, &report, job.cancel())?;
+        Ok(Verification {
+            image: self.name.into(),
+            digest: self.copy.digest.to_string(),
+            sound: found.is_sound(),
+            bytes: found.bytes,
+            chunks: found.chunks,
+            bad: found.bad.len() as u64,
+            bad_chunks: found.bad.into_iter().take(BAD_TOLD).collect(),
+        })
+    }
+}
+
+impl From<image::Progress> for Progress {
+    fn from(progress: image::Progress) -> Progress {
+        let phase = match progress.phase {
+            image::Phase::Receiving => "receiving",
+            image::Phase::Importing => "importing",
+            image::Phase::Syncing => "syncing",
+            image::Phase::Verifying => "verifying",
+        };
+        Progress {
+            phase: phase.to_owned(),
+            done_bytes: progress.done_bytes,
+            total_bytes: progress.total_bytes,
+            source_bytes: progress.source_bytes,
+        }
+    }
+}
+
+/// Runs `work` where it may block.
+pub async fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> Result<T> + Send + 'static,
+) -> Result<T> {
+    tokio::task::spawn_blocking(work).await.unwrap_or_else(|error| {
+        tracing::error!(%error, "a task died");
+        Err(Error::new(Kind::Io, "internal error; see the daemon's log"))
+    })
+}
+
+fn parsed(name: Option<String>) -> Result<Option<Name>> {
+    name.map(|name| name.parse()).transpose()
+}
+
+fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    // What is guarded is a table of figures: whole after any panic.
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
