@@ -244,7 +244,8 @@ impl Client {
 
     /// The reply to a READ of `len` bytes at `offset` that is the only request under way.
     pub fn read_reply(&mut self, cookie: u64, offset: u64, len: u32) -> Result<Vec<u8>, u32> {
-        let mut data = vec![0xa5; len as usize];
+        // Memory comes with content only: a length that is refused may be absurd.
+        let mut data = vec![];
         let mut covered = 0;
         loop {
             match self.message() {
@@ -258,6 +259,9 @@ impl Client {
                         let at = be(&payload[..8]).checked_sub(offset).unwrap();
                         usize::try_from(at).unwrap()
                     };
+                    if matches!(kind, 1 | 2) {
+                        data.resize(len as usize, 0xa5);
+                    }
                     match kind {
                         0 => assert!(done && payload.is_empty()),
                         1 => {
