@@ -41,6 +41,8 @@ pub enum Kind {
     Permission,
     /// The daemon is not there, or is going away.
     Unavailable,
+    /// Whoever asked for it gave it up.
+    Cancelled,
 }
 
 impl Kind {
@@ -56,6 +58,7 @@ impl Kind {
             Kind::Io | Kind::Corrupt | Kind::Poisoned => libc::EIO,
             Kind::Unsupported => libc::EOPNOTSUPP,
             Kind::Unavailable => libc::ESHUTDOWN,
+            Kind::Cancelled => libc::ECANCELED,
         }
     }
 
@@ -78,7 +81,7 @@ impl Kind {
             Kind::Invalid | Kind::OutOfRange | Kind::Unsupported => 400,
             Kind::Permission | Kind::ReadOnly => 403,
             Kind::NotFound => 404,
-            Kind::Exists | Kind::InUse | Kind::Locked => 409,
+            Kind::Exists | Kind::InUse | Kind::Locked | Kind::Cancelled => 409,
             Kind::Corrupt => 422,
             Kind::Io | Kind::Poisoned => 500,
             Kind::Unavailable => 503,

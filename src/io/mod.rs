@@ -6,6 +6,8 @@
 
 pub mod batch;
 pub mod buf;
+pub mod bulk;
+pub mod holes;
 pub mod inherit;
 pub mod ring;
 pub mod rings;

@@ -29,6 +29,10 @@ pub const FUA: u16 = 1;
 pub const NO_HOLE: u16 = 2;
 pub const DF: u16 = 4;
 pub const REQ_ONE: u16 = 8;
+pub const FAST_ZERO: u16 = 16;
+
+/// Transmission flags that a test asks for by name.
+pub const SEND_FAST_ZERO: u16 = 1 << 11;
 
 pub const EPERM: u32 = 1;
 pub const EIO: u32 = 5;
@@ -271,8 +275,10 @@ impl Client {
                         0x8001 | 0x8002 => {
                             let error = be(&payload[..4]) as u32;
                             assert!(error != 0);
-                            while !done && !matches!(self.message(), Message::Chunk { done: true, .. })
-                            {}
+                            while !done
+                                && !matches!(self.message(), Message::Chunk { done: true, .. })
+                            {
+                            }
                             return Err(error);
                         }
                         other => panic!("a chunk of type {other} in answer to READ"),
@@ -345,7 +351,9 @@ impl Client {
                 let pairs = payload[4..].chunks(8);
                 Ok(pairs.map(|both| (be(&both[..4]) as u32, be(&both[4..]) as u32)).collect())
             }
-            Message::Chunk { done: true, kind: 0x8001, payload, .. } => Err(be(&payload[..4]) as u32),
+            Message::Chunk { done: true, kind: 0x8001, payload, .. } => {
+                Err(be(&payload[..4]) as u32)
+            }
             other => panic!("an answer to BLOCK_STATUS: {other:?}"),
         }
     }
