@@ -315,7 +315,12 @@ impl Target {
     fn file(file: &Path, way: Way) -> Target {
         let direct = if way == Way::Direct { "--direct=1" } else { "--direct=0" };
         let name = format!("--filename={}", file.display());
-        Target { args: vec!["--ioengine=io_uring".into(), direct.into(), name], _server: None }
+        // fio would drop the file's cached pages first, and with them those of every other lane.
+        let keep = "--invalidate=0".to_string();
+        Target {
+            args: vec!["--ioengine=io_uring".into(), direct.into(), keep, name],
+            _server: None,
+        }
     }
 
     fn uri(uri: String, server: Option<Process>) -> Target {
