@@ -89,6 +89,11 @@ impl<I: Io> Overlay<I> {
 
     /// Opens the overlay `id` from its two files, whatever crash they have been through. Reads
     /// the map, writes nothing.
+    ///
+    /// Both files are either direct, or their cached pages were dropped (POSIX_FADV_DONTNEED) when
+    /// they were opened: after a failed sync Linux shows pages as clean that never reached the disk,
+    /// and a new process must not take them for what is there. The data file is at least as long as
+    /// the device; what is missing of it would read as zeros.
     pub async fn open(io: &I, data: I::File, map: I::File, id: Uuid) -> Result<Overlay<I>> {
         let found = recover::recover(io, &map, id).await?;
         Ok(Overlay {

@@ -29,10 +29,9 @@ impl<I: Io> Overlay<I> {
     /// Says that the range's content is no longer needed: blocks of data that it covers become
     /// zeros, all else stays.
     pub async fn discard(&self, io: &I, offset: u64, len: u64) -> Result<()> {
-        let size = self.size();
-        let end = check_range(offset, len, size)?;
+        let end = check_range(offset, len, self.size())?;
         self.before_change(io).await?;
-        let inner = whole_blocks(offset, end, size);
+        let inner = whole_blocks(&(offset..end));
         if !inner.is_empty() {
             let _exclusive = self.locks.lock(inner.clone(), Mode::Exclusive).await;
             self.changes.to_zero(inner, Over::Data);
@@ -49,26 +48,25 @@ impl<I: Io> Overlay<I> {
         len: u64,
         provision: Provision,
     ) -> Result<()> {
-        let size = self.size();
-        let end = check_range(offset, len, size)?;
+        let end = check_range(offset, len, self.size())?;
         if len == 0 {
             return Ok(());
         }
         self.before_change(io).await?;
         let blocks = offset / BLOCK..units::blocks(end);
-        let inner = whole_blocks(offset, end, size);
+        let inner = whole_blocks(&(offset..end));
         let _exclusive = self.locks.lock(blocks, Mode::Exclusive).await;
         if inner.is_empty() {
             let middle = end.min(units::round_down(offset, BLOCK) + BLOCK);
             self.zero_partial(io, base, offset..middle).await?;
             return self.zero_partial(io, base, middle..end).await;
         }
-        let (first, last) = (inner.start * BLOCK, end.min(inner.end * BLOCK));
+        let (first, last) = (inner.start * BLOCK, inner.end * BLOCK);
         self.zero_partial(io, base, offset..first).await?;
         self.zero_partial(io, base, last..end).await?;
         match provision {
             Provision::Keep => {
-                self.zero_in_place(io, first..inner.end * BLOCK).await?;
+                self.zero_in_place(io, first..last).await?;
                 self.changes.to_data(inner);
             }
             Provision::Release => {
@@ -148,9 +146,8 @@ impl<I: Io> Overlay<I> {
     }
 }
 
-/// The blocks that lie wholly within the bytes; the device's last counts as whole when its end is
-/// reached.
-fn whole_blocks(offset: u64, end: u64, size: u64) -> Range<u64> {
-    let last = if end == size { units::blocks(end) } else { end / BLOCK };
-    units::blocks(offset)..last
+/// The blocks that lie wholly within the bytes. The last one of a device that ends within it never
+/// does: should the device grow, what appears there is what the image holds.
+fn whole_blocks(bytes: &Range<u64>) -> Range<u64> {
+    units::blocks(bytes.start)..bytes.end / BLOCK
 }

@@ -1,0 +1,300 @@
+//! Guests: tasks that use one replica at the same time, and tell the model what they do.
+
+use std::{cell::RefCell, ops::Range, rc::Rc};
+
+use super::{
+    Outcome,
+    model::Model,
+    node::{Image, Node},
+};
+use crate::{
+    cow::{Overlay, Provision},
+    error::{Kind, Result as IoResult},
+    io::{
+        Buf,
+        sim::{End, Faults, Sim, Task},
+    },
+    units::{BLOCK, SECTOR, round_down},
+};
+
+/// What a guest does.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum Action {
+    Write(u64, u64),
+    Read(u64, u64),
+    Discard(u64, u64),
+    Zero(u64, u64, Provision),
+    Flush,
+    Close,
+    Grow(u64),
+}
+
+/// All guests of one replica between two crashes.
+pub(super) struct Guests {
+    sim: Sim,
+    image: Image,
+    overlay: Rc<Overlay<Sim>>,
+    areas: Vec<Range<u64>>,
+    model: Rc<RefCell<Model>>,
+    sizes: Rc<RefCell<Vec<u64>>>,
+    faulty: bool,
+    /// Syncs that had failed before these guests came.
+    failed_syncs: u64,
+    /// The data file is.
+    buffered: bool,
+    state: RefCell<State>,
+}
+
+struct State {
+    rng: fastrand::Rng,
+    /// Ranges in flight: a write that covers a sector in part has its edges to itself, because
+    /// what two such writes leave together no model could tell.
+    busy: Vec<(u64, Range<u64>)>,
+    next: u64,
+    outcome: Outcome,
+    violation: Option<String>,
+}
+
+impl Guests {
+    pub(super) fn new(node: &Node, overlay: Rc<Overlay<Sim>>, rng: fastrand::Rng) -> Guests {
+        Guests {
+            sim: node.sim.clone(),
+            image: node.image.clone(),
+            overlay,
+            areas: node.areas.clone(),
+            model: node.model.clone(),
+            sizes: node.sizes.clone(),
+            faulty: node.is_faulty(),
+            failed_syncs: node.sim.failed_syncs(),
+            buffered: node.is_buffered(),
+            state: RefCell::new(State {
+                rng,
+                busy: Vec::new(),
+                next: 1,
+                outcome: Outcome::default(),
+                violation: None,
+            }),
+        }
+    }
+
+    /// Lets `count` guests do `actions` random things each, for `steps` steps if given.
+    pub(super) fn work(&self, count: usize, actions: usize, steps: Option<u64>) -> End {
+        let guest = |_| -> Task<'_> {
+            Box::pin(async move {
+                for _ in 0..actions {
+                    let action = self.choose();
+                    self.act(action).await;
+                }
+            })
+        };
+        self.sim.run((0..count).map(guest).collect(), steps)
+    }
+
+    /// Lets one guest do these things in this order.
+    pub(super) fn play(&self, script: &[Action], steps: Option<u64>) -> End {
+        let guest = async {
+            for action in script {
+                self.act(*action).await;
+            }
+        };
+        self.sim.run(vec![Box::pin(guest)], steps)
+    }
+
+    /// Adds the figures to `outcome`, or says what went wrong. Comes right before the crash.
+    pub(super) fn report(&self, outcome: &mut Outcome) -> Result<(), String> {
+        if self.has_lost_pages() {
+            self.model.borrow_mut().lost_pages();
+        }
+        let state = self.state.borrow();
+        *outcome += state.outcome;
+        outcome.checkpoints += self.overlay.stats().checkpoints;
+        state.violation.clone().map_or(Ok(()), Err)
+    }
+
+    /// When all is quiet every sector is read and compared.
+    pub(super) fn check_at_rest(&self) -> Result<(), String> {
+        self.sim.set_faults(Faults::default());
+        for area in &self.areas {
+            let end = area.end.min(self.overlay.size());
+            if area.start < end {
+                let script = [Action::Read(area.start, end - area.start)];
+                if self.play(&script, None) == End::Stuck {
+                    return Err("a read never ends".to_owned());
+                }
+            }
+        }
+        self.state.borrow().violation.clone().map_or(Ok(()), Err)
+    }
+
+    fn choose(&self) -> Action {
+        let mut state = self.state.borrow_mut();
+        let rng = &mut state.rng;
+        let size = self.overlay.size();
+        let area = &self.areas[rng.usize(0..self.areas.len())];
+        let area = area.start.min(size - 1)..area.end.min(size);
+        let unit = [1, SECTOR, BLOCK][[0, 1, 1, 2, 2][rng.usize(0..5)]];
+        let start = round_down(rng.u64(area.clone()), unit).max(area.start);
+        let longest = if rng.u8(0..8) == 0 { 40 * BLOCK } else { 4 * BLOCK };
+        let len = rng.u64(1..=longest).next_multiple_of(unit).min(area.end - start);
+        let provision = if rng.u8(0..3) == 0 { Provision::Keep } else { Provision::Release };
+        match rng.u8(0..100) {
+            0..45 => Action::Write(start, len),
+            45..60 => Action::Read(start, len),
+            60..70 => Action::Discard(start, len),
+            70..82 => Action::Zero(start, len, provision),
+            82..96 => Action::Flush,
+            96..98 => Action::Close,
+            _ => Action::Grow(rng.u64(0..6) * SECTOR + rng.u64(0..2) * BLOCK),
+        }
+    }
+
+    async fn act(&self, action: Action) {
+        self.state.borrow_mut().outcome.operations += 1;
+        tracing::debug!(?action, "begins");
+        match action {
+            Action::Write(offset, len) => self.write(offset, len).await,
+            Action::Read(offset, len) => self.read(offset, len).await,
+            Action::Discard(offset, len) => {
+                let (zeros, done) =
+                    (vec![0; len as usize], self.overlay.discard(&self.sim, offset, len));
+                // A discard may do nothing: as a write, it is never sure.
+                self.change(offset, &zeros, async { done.await.map(|()| false) }).await;
+            }
+            Action::Zero(offset, len, provision) => {
+                let zeros = vec![0; len as usize];
+                let done =
+                    self.overlay.write_zeroes(&self.sim, &self.image, offset, len, provision);
+                self.change(offset, &zeros, async { done.await.map(|()| true) }).await;
+            }
+            Action::Flush => self.flush(self.overlay.flush(&self.sim)).await,
+            Action::Close => self.flush(self.overlay.close(&self.sim)).await,
+            Action::Grow(by) => self.grow(by).await,
+        }
+        tracing::debug!(?action, "ended");
+    }
+
+    async fn write(&self, offset: u64, len: u64) {
+        let (bytes, skew) = {
+            let mut state = self.state.borrow_mut();
+            let mut bytes = vec![0; len as usize];
+            state.rng.fill(&mut bytes);
+            let skew = if state.rng.u8(0..4) == 0 { state.rng.usize(1..600) } else { 0 };
+            (bytes, skew)
+        };
+        let buf = Buf::heap(bytes.len() + skew).slice(skew..bytes.len() + skew);
+        buf.copy_from(&bytes);
+        let done = self.overlay.write(&self.sim, &self.image, offset, buf);
+        self.change(offset, &bytes, async { done.await.map(|()| true) }).await;
+    }
+
+    /// Does something that leaves `bytes` at `offset`, surely if it returns true.
+    async fn change(&self, offset: u64, bytes: &[u8], done: impl Future<Output = IoResult<bool>>) {
+        let range = offset..offset + bytes.len() as u64;
+        let Some(id) = self.reserve(range.clone()) else { return };
+        let event = self.model.borrow_mut().begin(offset, bytes);
+        tracing::debug!(event, ?range, "is");
+        let result = done.await;
+        self.model.borrow_mut().end(event, range, *result.as_ref().unwrap_or(&false));
+        self.state.borrow_mut().busy.retain(|(busy, _)| *busy != id);
+        self.settle(result);
+    }
+
+    /// `None` if the range meets another's edges, or its own edges meet another's range.
+    fn reserve(&self, range: Range<u64>) -> Option<u64> {
+        let mut state = self.state.borrow_mut();
+        let clash = state.busy.iter().any(|(_, other)| {
+            let reach = |range: &Range<u64>| {
+                round_down(range.start, SECTOR)..range.end.next_multiple_of(SECTOR)
+            };
+            let overlap = |a: &Range<u64>, b: &Range<u64>| a.start < b.end && b.start < a.end;
+            let edges = |range: &Range<u64>| {
+                let reach = reach(range);
+                [reach.start..range.start.min(range.end), range.end..reach.end]
+                    .into_iter()
+                    .filter(|edge| !edge.is_empty())
+                    .map(|edge| round_down(edge.start, SECTOR))
+                    .map(|sector| sector..sector + SECTOR)
+                    .collect::<Vec<_>>()
+            };
+            edges(other).iter().any(|edge| overlap(edge, &reach(&range)))
+                || edges(&range).iter().any(|edge| overlap(edge, &reach(other)))
+        });
+        if clash {
+            return None;
+        }
+        let id = state.next;
+        state.next += 1;
+        state.busy.push((id, range));
+        Some(id)
+    }
+
+    async fn read(&self, offset: u64, len: u64) {
+        let began = self.model.borrow_mut().now();
+        let buf = Buf::heap(len as usize);
+        match self.overlay.read(&self.sim, &self.image, offset, buf.clone()).await {
+            Ok(()) => {
+                if self.has_lost_pages() {
+                    return;
+                }
+                let checked = self.model.borrow_mut().check_read(began, offset, &buf.to_vec());
+                if let Err(violation) = checked {
+                    self.violation(violation);
+                }
+            }
+            Err(error) => self.settle::<()>(Err(error)),
+        }
+    }
+
+    /// Whether a buffered data file may have lost pages to a failed sync: then nobody can say what
+    /// reads return, until the replica is opened again.
+    fn has_lost_pages(&self) -> bool {
+        self.sim.failed_syncs() > self.failed_syncs && self.buffered
+    }
+
+    async fn flush(&self, flush: impl Future<Output = IoResult<()>>) {
+        let began = self.model.borrow_mut().now();
+        let (poisoned, size) = (self.overlay.poisoned().is_some(), self.overlay.size());
+        let result = flush.await;
+        if result.is_ok() {
+            if poisoned {
+                self.violation("a poisoned overlay acknowledged a flush".to_owned());
+            }
+            self.state.borrow_mut().outcome.flushes += 1;
+            self.model.borrow_mut().flushed(began);
+            self.sizes.borrow_mut().retain(|other| *other >= size);
+        }
+        self.settle(result);
+    }
+
+    async fn grow(&self, by: u64) {
+        let size = self.overlay.size() + by;
+        self.sizes.borrow_mut().push(size);
+        let result = self.overlay.resize(&self.sim, size).await;
+        if result.is_ok() {
+            // What others asked for before is no longer possible if it was less.
+            self.sizes.borrow_mut().retain(|other| *other >= size);
+        }
+        match result {
+            // Another guest was faster.
+            Err(error) if error.kind() == Kind::Invalid && self.overlay.size() > size => {}
+            result => self.settle(result),
+        }
+    }
+
+    /// Judges how an operation ended.
+    fn settle<T>(&self, result: IoResult<T>) {
+        let Err(error) = result else { return };
+        tracing::debug!(%error, "failed");
+        self.state.borrow_mut().outcome.failures += 1;
+        let poisoned = self.overlay.poisoned().is_some();
+        match error.kind() {
+            Kind::Io | Kind::NoSpace if self.faulty => {}
+            Kind::Poisoned if self.faulty && poisoned => {}
+            _ => self.violation(format!("an operation failed: {error}")),
+        }
+    }
+
+    fn violation(&self, found: String) {
+        self.state.borrow_mut().violation.get_or_insert(found);
+    }
+}

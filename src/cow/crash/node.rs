@@ -1,0 +1,252 @@
+//! A simulated node with one replica: its files, its image, and what they must hold.
+
+use std::{cell::RefCell, ops::Range, rc::Rc};
+
+use uuid::Uuid;
+
+use super::{Mutant, model::Model};
+use crate::{
+    cow::{
+        Base, Overlay,
+        format::{self, BLOCKS_PER_PAGE},
+    },
+    error::{Error, Kind, Result as IoResult},
+    io::{
+        Buf, Io,
+        sim::{Cut, Faults, Lie, Sim, SimFile},
+    },
+    units::{BLOCK, Block, SECTOR},
+};
+
+const ID: Uuid = Uuid::from_u128(0x7573_6572_6c61_7920_6372_6173_6821_2121);
+
+/// The image: what it holds follows from the offset.
+#[derive(Clone)]
+pub(super) struct Image {
+    size: u64,
+    /// A file that is read in its place, so that reads take time and can fail.
+    file: SimFile,
+}
+
+impl Image {
+    /// One block in four is zeros, and only every other of those is known to be.
+    fn holds_zeros(block: u64) -> bool {
+        (block.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 62) == 0
+    }
+
+    fn byte(&self, offset: u64) -> u8 {
+        match offset >= self.size || Image::holds_zeros(offset / BLOCK) {
+            true => 0,
+            false => (offset / SECTOR * 7 + offset % 251 + 1) as u8,
+        }
+    }
+}
+
+impl Base<Sim> for Image {
+    fn size(&self) -> u64 {
+        self.size
+    }
+
+    fn is_zero(&self, block: Block) -> bool {
+        block.0.is_multiple_of(2) && Image::holds_zeros(block.0)
+    }
+
+    async fn read(&self, io: &Sim, offset: u64, buf: Buf) -> IoResult<()> {
+        if offset + buf.len() as u64 > self.size {
+            return Err(Error::new(Kind::OutOfRange, "the image is read past its end"));
+        }
+        let read = io.read(&self.file, buf.slice(0..0), 0).await;
+        read.map_err(|error| Error::io("image", error))?;
+        let bytes: Vec<u8> = (offset..offset + buf.len() as u64).map(|at| self.byte(at)).collect();
+        buf.copy_from(&bytes);
+        Ok(())
+    }
+}
+
+pub(super) struct Node {
+    pub(super) sim: Sim,
+    data: SimFile,
+    map: SimFile,
+    pub(super) image: Image,
+    /// Bytes that guests touch.
+    pub(super) areas: Vec<Range<u64>>,
+    pub(super) model: Rc<RefCell<Model>>,
+    /// The sizes that the replica may have after a crash; the last is what was found or asked for
+    /// last.
+    pub(super) sizes: Rc<RefCell<Vec<u64>>>,
+    faulty: bool,
+}
+
+/// How a node is laid out.
+pub(super) struct Layout {
+    pub(super) seed: u64,
+    pub(super) size: u64,
+    pub(super) image: u64,
+    pub(super) records: u32,
+    pub(super) align: (u64, u64),
+    pub(super) areas: Vec<Range<u64>>,
+}
+
+impl Node {
+    pub(super) fn new(layout: Layout) -> Node {
+        let sim = Sim::new(layout.seed);
+        let image = Image { size: layout.image, file: sim.create(1, &[], 0) };
+        let data = sim.create(layout.align.0, &[], layout.size);
+        let map = sim.create(layout.align.1, &format::blank(ID, layout.size, layout.records), 0);
+        let model = Model::new(&layout.areas, |sector| {
+            let mut bytes = [0; SECTOR as usize];
+            for (i, byte) in bytes.iter_mut().enumerate() {
+                *byte = image.byte(sector * SECTOR + i as u64);
+            }
+            bytes
+        });
+        Node {
+            sim,
+            data,
+            map,
+            image,
+            areas: layout.areas,
+            model: Rc::new(RefCell::new(model)),
+            sizes: Rc::new(RefCell::new(vec![layout.size])),
+            faulty: false,
+        }
+    }
+
+    /// A node of random layout: small devices, or large ones of which guests touch the places
+    /// where bitmap pages and their groups meet.
+    pub(super) fn random(rng: &mut fastrand::Rng, mutant: Option<Mutant>) -> Node {
+        let page = BLOCKS_PER_PAGE * BLOCK;
+        let (size, areas) = match rng.u8(0..3) {
+            0 => {
+                let size = rng.u64(1..=2) * 64 * page + rng.u64(8..64) * SECTOR;
+                let near = |at: u64| at - 3 * BLOCK..(at + 3 * BLOCK).min(size);
+                (size, vec![0..4 * BLOCK, near(page), near(64 * page), size - 5 * SECTOR..size])
+            }
+            _ => {
+                let size = rng.u64(1..=40 * 8) * SECTOR;
+                (size, vec![0..size + 8 * BLOCK])
+            }
+        };
+        let aligns = [1, 512, 4096];
+        let node = Node::new(Layout {
+            seed: rng.u64(..),
+            size,
+            image: if rng.bool() { rng.u64(0..=size) } else { rng.u64(0..size + 9 * BLOCK) },
+            records: if rng.u8(0..4) == 0 { 64 } else { rng.u32(2..6) },
+            align: (aligns[rng.usize(0..3)], aligns[rng.usize(0..3)]),
+            areas,
+        });
+        if rng.bool() {
+            node.sim.set_torn_sectors(node.map);
+        }
+        match mutant {
+            Some(Mutant::UnsyncedMap) => node.sim.set_lie(node.map, Lie::Sync),
+            Some(Mutant::UnsyncedData) => node.sim.set_lie(node.data, Lie::Sync),
+            None => {}
+        }
+        node
+    }
+
+    /// The same node, to go another way from here.
+    pub(super) fn fork(&self, seed: u64) -> Node {
+        Node {
+            sim: self.sim.fork(seed),
+            data: self.data,
+            map: self.map,
+            image: self.image.clone(),
+            areas: self.areas.clone(),
+            model: Rc::new(RefCell::new(self.model.borrow().clone())),
+            sizes: Rc::new(RefCell::new(self.sizes.borrow().clone())),
+            faulty: self.faulty,
+        }
+    }
+
+    pub(super) fn set_faults(&mut self, faults: Faults) {
+        self.faulty = true;
+        self.sim.set_faults(faults);
+    }
+
+    pub(super) fn is_faulty(&self) -> bool {
+        self.faulty
+    }
+
+    /// Whether the data file is.
+    pub(super) fn is_buffered(&self) -> bool {
+        self.sim.align(&self.data) == 1
+    }
+
+    /// Opens the replica; `None` if the disk was made to fail.
+    pub(super) fn open(&self) -> Result<Option<Rc<Overlay<Sim>>>, String> {
+        let opened = self.sim.run_one(Overlay::open(&self.sim, self.data, self.map, ID), None);
+        match opened {
+            Some(Ok(overlay)) => Ok(Some(Rc::new(overlay))),
+            Some(Err(error)) if self.faulty && error.kind() == Kind::Io => Ok(None),
+            Some(Err(error)) => Err(format!("opening: {error}")),
+            None => Err("opening never ends".to_owned()),
+        }
+    }
+
+    /// Opens the replica, and stops after some steps.
+    pub(super) fn open_for(&self, steps: u64) -> Result<Option<Rc<Overlay<Sim>>>, String> {
+        self.sim.run_one(Overlay::open(&self.sim, self.data, self.map, ID), Some(steps));
+        Ok(None)
+    }
+
+    /// Cuts the power, and checks what is found then.
+    pub(super) fn power_cut(&mut self, cut: Cut) -> Result<(), String> {
+        self.sim.power_cut(cut);
+        self.recover(|model, offset, bytes| model.check_cut(offset, bytes))?;
+        let size = self.sizes.borrow().last().copied();
+        *self.sizes.borrow_mut() = Vec::from_iter(size);
+        Ok(())
+    }
+
+    /// Kills the process, and checks what is found then.
+    pub(super) fn kill(&mut self) -> Result<(), String> {
+        self.sim.kill();
+        self.recover(|model, offset, bytes| model.check_kill(offset, bytes))
+    }
+
+    fn recover(
+        &mut self,
+        check: impl Fn(&mut Model, u64, &[u8]) -> Result<(), String>,
+    ) -> Result<(), String> {
+        self.faulty = false;
+        self.sim.set_faults(Faults::default());
+        self.model.borrow_mut().end_all();
+        let before = self.sim.changes();
+        let Some(overlay) = self.open()? else { return Err("the disk is sound".to_owned()) };
+        let size = overlay.size();
+        if !self.sizes.borrow().contains(&size) {
+            return Err(format!("the size is {size}, not one of {:?}", self.sizes.borrow()));
+        }
+        // What is found is not durable because it is there: after a kill it may shrink again.
+        self.sizes.borrow_mut().push(size);
+        for (offset, bytes) in self.contents(&overlay)? {
+            check(&mut self.model.borrow_mut(), offset, &bytes)?;
+        }
+        match self.sim.changes() == before {
+            true => Ok(()),
+            false => Err("recovery or a read has written".to_owned()),
+        }
+    }
+
+    /// What the areas hold, read through the overlay.
+    pub(super) fn contents(&self, overlay: &Overlay<Sim>) -> Result<Vec<(u64, Vec<u8>)>, String> {
+        let mut contents = Vec::new();
+        for area in &self.areas {
+            let end = area.end.min(overlay.size());
+            if end <= area.start {
+                continue;
+            }
+            let buf = Buf::heap((end - area.start) as usize);
+            let read = overlay.read(&self.sim, &self.image, area.start, buf.clone());
+            match self.sim.run_one(read, None) {
+                Some(Ok(())) => contents.push((area.start, buf.to_vec())),
+                Some(Err(error)) => return Err(format!("reading: {error}")),
+                None => return Err("a read never ends".to_owned()),
+            }
+        }
+        Ok(contents)
+    }
+}
