@@ -18,6 +18,7 @@ use std::{
         unix::{ffi::OsStrExt, fs::FileExt},
     },
     path::{Path, PathBuf},
+    thread,
 };
 
 use nix::{
@@ -227,40 +228,48 @@ impl Dir {
         Ok(bytes)
     }
 
-    /// Makes a new file that durably holds `bytes`; the name is durable once the directory is.
+    /// Makes a new file that holds `bytes`. Neither its content nor its name is durable yet.
     pub(crate) fn write_new(&self, name: impl AsRef<OsStr>, bytes: &[u8]) -> Result<()> {
         let path = self.path.join(name.as_ref());
         self.steps.take(Step::Write { path: &path, bytes })?;
         let flags = OFlag::O_WRONLY | OFlag::O_CREAT | OFlag::O_EXCL;
         let mut file = self.file(name.as_ref(), flags)?;
-        file.write_all(bytes).context(|| format!("writing {}", path.display()))?;
-        self.sync_open(&file, &path)
+        file.write_all(bytes).context(|| format!("writing {}", path.display()))
     }
 
-    /// Makes a new sparse file of `len` bytes. It holds nothing, so there is nothing to sync but
-    /// its length.
+    /// Makes a new file of `len` bytes, all of it a hole. It is not durable yet.
     pub(crate) fn write_sparse(&self, name: impl AsRef<OsStr>, len: u64) -> Result<()> {
         let path = self.path.join(name.as_ref());
         self.steps.take(Step::SetLen { path: &path, len })?;
         let flags = OFlag::O_WRONLY | OFlag::O_CREAT | OFlag::O_EXCL;
         let file = self.file(name.as_ref(), flags)?;
-        file.set_len(len).context(|| format!("growing {} to {len} bytes", path.display()))?;
-        self.sync_open(&file, &path)
+        file.set_len(len).context(|| format!("growing {} to {len} bytes", path.display()))
     }
 
     /// Puts `bytes` in the place of a file's content, durably and whole, whether it was there or not.
     pub(crate) fn replace(&self, name: impl AsRef<OsStr>, bytes: &[u8]) -> Result<()> {
-        let name = component(name.as_ref())?;
-        let mut temp = OsString::from(TEMP_PREFIX);
-        temp.push(name);
-        self.unlink_if_there(&temp)?;
-        let done = self.write_new(&temp, bytes).and_then(|()| self.rename(&temp, name));
+        let name = name.as_ref();
+        let temp = self.write_temp(name, bytes)?;
+        let done = self.sync_file(&temp).and_then(|()| self.rename(&temp, name));
         if let Err(error) = done {
             // The error is what matters; what is left here goes at the next replacement or start.
             let _ = self.unlink_if_there(&temp);
             return Err(error);
         }
         self.sync()
+    }
+
+    /// Writes what is to take the place of `name`, and tells under which name it is. The caller
+    /// syncs that file, renames it to `name` and syncs this directory.
+    pub(crate) fn write_temp(&self, name: impl AsRef<OsStr>, bytes: &[u8]) -> Result<OsString> {
+        let mut temp = OsString::from(TEMP_PREFIX);
+        temp.push(component(name.as_ref())?);
+        self.unlink_if_there(&temp)?;
+        if let Err(error) = self.write_new(&temp, bytes) {
+            let _ = self.unlink_if_there(&temp);
+            return Err(error);
+        }
+        Ok(temp)
     }
 
     /// Renames within this directory. An existing directory with content is not replaced.
@@ -290,11 +299,8 @@ impl Dir {
     /// Makes a file's content durable.
     pub(crate) fn sync_file(&self, name: impl AsRef<OsStr>) -> Result<()> {
         let path = self.path.join(name.as_ref());
-        self.sync_open(&self.file(name, OFlag::O_RDONLY)?, &path)
-    }
-
-    fn sync_open(&self, file: &File, path: &Path) -> Result<()> {
-        self.steps.take(Step::SyncFile(path))?;
+        let file = self.file(name, OFlag::O_RDONLY)?;
+        self.steps.take(Step::SyncFile(&path))?;
         file.sync_all().context(|| format!("syncing {}", path.display()))
     }
 
@@ -302,7 +308,7 @@ impl Dir {
     pub(crate) fn set_mode(&self, name: impl AsRef<OsStr>, mode: u32) -> Result<()> {
         let name = name.as_ref();
         let path = self.path.join(name);
-        self.steps.take(Step::SetMode(&path))?;
+        self.steps.take(Step::SetMode { path: &path, mode })?;
         let bits = Mode::from_bits_truncate(mode);
         let what = || format!("setting the mode of {}", path.display());
         match self.stat(name)?.map(|stat| kind_of(&stat)) {
@@ -379,6 +385,30 @@ impl Dir {
         }
         Ok(names)
     }
+}
+
+/// Does several syncs at the same time, all of them whatever comes of one: a file system then makes
+/// them durable in one go, and two disks need not wait for each other.
+pub(crate) fn sync_together(syncs: &[&(dyn Fn() -> Result<()> + Sync)]) -> Result<()> {
+    thread::scope(|scope| {
+        let spawn = |sync| thread::Builder::new().name("sync".into()).spawn_scoped(scope, sync);
+        let (first, others) = match syncs {
+            [first, others @ ..] => (first, others),
+            [] => return Ok(()),
+        };
+        let others: Vec<_> = others.iter().map(|sync| (sync, spawn(sync))).collect();
+        let mut done = first();
+        for (sync, started) in others {
+            let one = match started {
+                Ok(thread) => thread.join().unwrap_or_else(|_| {
+                    Err(Error::new(Kind::Io, "a sync ended before it was done"))
+                }),
+                Err(_) => sync(),
+            };
+            done = done.and(one);
+        }
+        done
+    })
 }
 
 /// What a file's mode says it is.

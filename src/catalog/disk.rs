@@ -111,6 +111,7 @@ impl Disk {
         for name in [IMAGES, REPLICAS, CACHE] {
             home.ensure(name)?;
         }
+        home.sync()?;
         record::write(&home, DISK_JSON, record)?;
         Ok(Disk {
             id: record.id,

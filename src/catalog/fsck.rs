@@ -15,7 +15,7 @@ use uuid::Uuid;
 use super::{
     claims::{Mode, Object},
     disk::Disk,
-    name::Name,
+    name::{Digest, Name},
     node::Node,
     record::{self, FORMAT, RefRecord},
     report::base_missing,
@@ -134,13 +134,22 @@ fn judge_references(view: &View, findings: &mut Vec<Finding>) {
                 let RefRecord { name, disk, disk_name, .. } = &reference.record;
                 let object = format!("reference of replica {name} to image {digest}");
                 let spot = Spot::reference(copy.disk, *digest, *id);
-                match view.user_state(*digest, *id, reference) {
+                match view.user_state(*id, reference) {
                     UserState::Leaked => findings.push(Finding {
                         object,
                         what: format!("disk {disk_name} is there, and has no such replica"),
                         remedy: "remove it".to_owned(),
                         mend: Some(Mend::DropReference(spot)),
                     }),
+                    UserState::Present if stands_elsewhere(view, *id, *digest) => {
+                        findings.push(Finding {
+                            object,
+                            what: "the replica says that it stands on another image".to_owned(),
+                            remedy: "bring the one record back that is wrong; both images are held"
+                                .to_owned(),
+                            mend: None,
+                        });
+                    }
                     UserState::Present if reference.damaged => {
                         let replica = view.replicas.get(id);
                         let record = replica.and_then(|replica| new_reference(view, replica));
@@ -224,6 +233,10 @@ fn judge_image_names(view: &View, findings: &mut Vec<Finding>) {
             }
         }
     }
+}
+
+fn stands_elsewhere(view: &View, id: Uuid, digest: Digest) -> bool {
+    view.replicas.get(&id).is_some_and(|replica| replica.record.image.digest != digest)
 }
 
 fn new_reference(view: &View, replica: &Replica) -> Option<RefRecord> {

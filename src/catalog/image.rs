@@ -17,9 +17,9 @@ use super::{
     name::{Digest, Name},
     node::Node,
     record::{self, ImageRecord, NAMES_MAX},
-    scan::DELETING,
+    scan::{self, DELETING},
     status::{ImageUser, UserState},
-    view::{Image, listed},
+    view::{Copy, Image, listed},
 };
 use crate::error::{Context, Error, Kind, Result};
 
@@ -193,13 +193,15 @@ impl Node {
             let what = format!("image {digest} has {NAMES_MAX} names: remove one first");
             return Err(Error::new(Kind::Invalid, what));
         }
-        record::write(&dir, IMAGE_JSON, &record)?;
+        let written = record::write(&dir, IMAGE_JSON, &record);
+        // Read again, because a failed write may have changed the record all the same.
+        let found = scan::copy(disk, digest);
         let mut view = self.0.view();
-        if let Some(copy) = view.copies_mut(digest).find(|copy| copy.disk == disk.id) {
-            copy.found.record = record;
+        if let Ok(Some(found)) = found {
+            view.put_copy(Copy { disk: disk.id, found });
         }
         view.index();
-        Ok(())
+        written
     }
 }
 

@@ -16,7 +16,7 @@ use uuid::Uuid;
 
 use super::{
     claims::{Mode, Object, Want},
-    dir::Dir,
+    dir::{Dir, TEMP_PREFIX, sync_together},
     disk::{DATA, Disk, MAP, REFS, REPLICA_JSON},
     image::no_copy,
     name::{Digest, Name},
@@ -135,9 +135,10 @@ impl Node {
         let digest = record.image.digest;
         let replicas = &disk.replicas;
         let staging = OsString::from(format!("{STAGING}{}", record.id));
-        let built = put_reference(copy, digest, reference)
-            .and_then(|()| build(replicas, &staging, record, map))
-            .and_then(|()| replicas.rename(&staging, record.id.to_string()));
+        let built = copy.copy(digest).and_then(|copy| copy.ensure(REFS)).and_then(|refs| {
+            build(replicas, &staging, record, map, &refs, reference)?;
+            replicas.rename(&staging, record.id.to_string())
+        });
         if let Err(error) = built {
             // Nothing is visible yet: take back what was made, the reference last.
             let undone = replicas.remove_tree(&staging);
@@ -265,26 +266,39 @@ pub(crate) fn away<'a>(view: &'a View, name: &Name) -> Option<(Digest, &'a RefRe
     named.or_else(|| refs.into_iter().find(|(_, reference)| Some(reference.replica) == name.id()))
 }
 
-/// Writes a reference beside a copy, durably.
-pub(crate) fn put_reference(disk: &Disk, digest: Digest, reference: &RefRecord) -> Result<()> {
-    let refs = disk.copy(digest)?.ensure(REFS)?;
-    record::write(&refs, &ref_file(reference.replica), reference)
-}
-
 /// Removes a reference beside a copy, durably.
 fn drop_reference(disk: &Disk, digest: Digest, id: Uuid) -> Result<()> {
     let refs = disk.refs(digest)?;
-    refs.unlink_if_there(ref_file(id))?;
+    let file = ref_file(id);
+    refs.unlink_if_there(format!("{TEMP_PREFIX}{file}"))?;
+    refs.unlink_if_there(file)?;
     refs.sync()
 }
 
-/// Builds the replica's directory under its staging name: all in it is durable.
-fn build(replicas: &Dir, staging: &OsString, record: &ReplicaRecord, map: &[u8]) -> Result<()> {
+/// Makes the reference durable, and builds the replica's directory under its staging name, durable
+/// too. The syncs of both go together: what counts is that both are done before the replica appears.
+fn build(
+    replicas: &Dir,
+    staging: &OsString,
+    record: &ReplicaRecord,
+    map: &[u8],
+    refs: &Dir,
+    reference: &RefRecord,
+) -> Result<()> {
+    let file = ref_file(record.id);
+    let temp = refs.write_temp(&file, &record::bytes(reference)?)?;
     let dir = replicas.create(staging)?;
     dir.write_sparse(DATA, record.size)?;
     dir.write_new(MAP, map)?;
     dir.write_new(REPLICA_JSON, &record::bytes(record)?)?;
-    dir.sync()
+    sync_together(&[
+        &|| refs.sync_file(&temp),
+        &|| dir.sync_file(DATA),
+        &|| dir.sync_file(MAP),
+        &|| dir.sync_file(REPLICA_JSON),
+    ])?;
+    refs.rename(&temp, &file)?;
+    sync_together(&[&|| refs.sync(), &|| dir.sync()])
 }
 
 fn plan(view: &View, new: &NewReplica, id: Uuid) -> Result<Plan> {

@@ -39,8 +39,8 @@ const RESUME_KEPT: Duration = Duration::from_secs(24 * 3600);
 
 /// Images, and replicas, that one disk may hold; the references of one copy.
 const OBJECTS_MAX: usize = 65_536;
-/// Entries that an image's or replica's own directory may hold.
-const FILES_MAX: usize = 64;
+/// Entries that a disk's own directory, or an image's or replica's, may hold.
+const FILES_MAX: usize = 1024;
 
 /// What is on a disk.
 #[derive(Debug, Default)]

@@ -200,14 +200,16 @@ impl StagedCopy {
             Some(_) => images.exchange(&self.name, &place)?,
             None => images.rename(&self.name, &place)?,
         }
-        images.sync()?;
+        // From here on it is there, even should the sync fail: then it is known, and the error told.
         let found = scan::copy(&self.disk, meta.digest)?.ok_or_else(|| {
             Error::new(Kind::Corrupt, "its copy can't be read right after it was written")
         })?;
-        let mut view = self.inner.view();
-        view.put_copy(Copy { disk: self.disk.id, found });
-        view.index();
-        Ok(())
+        {
+            let mut view = self.inner.view();
+            view.put_copy(Copy { disk: self.disk.id, found });
+            view.index();
+        }
+        images.sync()
     }
 
     /// Takes over the references of the damaged copy, and its names.
@@ -229,6 +231,7 @@ impl StagedCopy {
         for entry in old.entries(ADOPTED_MAX)? {
             if entry.kind == EntryKind::File {
                 new.write_new(&entry.name, &old.read(&entry.name, RECORD_MAX)?)?;
+                new.sync_file(&entry.name)?;
             }
         }
         new.sync()?;

@@ -12,7 +12,7 @@ use crate::error::Result;
 
 /// One change to a file system, about to be made.
 #[derive(Debug)]
-#[cfg_attr(not(test), expect(dead_code, reason = "only the hooks of tests look into a step"))]
+#[expect(dead_code, reason = "only the hooks of tests look into a step, and not at all of it")]
 pub(crate) enum Step<'a> {
     /// A directory appears.
     MakeDir(&'a Path),
@@ -33,7 +33,7 @@ pub(crate) enum Step<'a> {
     /// An empty directory goes.
     RemoveDir(&'a Path),
     /// A file's or directory's mode changes.
-    SetMode(&'a Path),
+    SetMode { path: &'a Path, mode: u32 },
 }
 
 type Hook = dyn Fn(&Step) -> Result<()> + Send + Sync;

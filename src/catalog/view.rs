@@ -213,7 +213,7 @@ impl View {
         let mut away = Vec::new();
         for (digest, image) in &self.images {
             for (id, reference) in image.refs() {
-                if self.user_state(*digest, id, reference) == UserState::Away {
+                if self.user_state(id, reference) == UserState::Away {
                     away.push((*digest, &reference.record));
                 }
             }
@@ -221,12 +221,12 @@ impl View {
         away
     }
 
-    /// Whether the replica that a reference tells of is there.
-    pub(crate) fn user_state(&self, digest: Digest, id: Uuid, reference: &Reference) -> UserState {
-        let stands_here = |replica: &Replica| replica.record.image.digest == digest;
-        if self.replicas.get(&id).is_some_and(stands_here) || self.damaged.contains_key(&id) {
+    /// Whether the replica that a reference tells of is there. One that is there and says that it
+    /// stands on another image counts as well: one of the two records is wrong, who knows which.
+    pub(crate) fn user_state(&self, id: Uuid, reference: &Reference) -> UserState {
+        if self.replicas.contains_key(&id) || self.damaged.contains_key(&id) {
             UserState::Present
-        } else if !self.replicas.contains_key(&id) && self.here(reference.record.disk).is_none() {
+        } else if self.here(reference.record.disk).is_none() {
             UserState::Away
         } else {
             UserState::Leaked
@@ -238,7 +238,7 @@ impl View {
         let mut users = BTreeMap::new();
         if let Some(image) = self.images.get(&digest) {
             for (id, reference) in image.refs() {
-                let state = self.user_state(digest, id, reference);
+                let state = self.user_state(id, reference);
                 let RefRecord { name, disk, disk_name, .. } = &reference.record;
                 let disk = self.disk_name(*disk).unwrap_or(disk_name).clone();
                 users.insert(id, ImageUser { name: name.clone(), id, disk, state });

@@ -6,6 +6,7 @@ mod mending;
 mod operations;
 mod power;
 mod scale;
+mod scenario;
 
 use std::{
     fs,
@@ -31,14 +32,25 @@ impl Bench {
         Bench { temp: tempfile::tempdir().unwrap() }
     }
 
+    /// In memory where that can be had: for tests of thousands of runs, whose syncs prove nothing.
+    fn in_memory() -> Bench {
+        let memory = tempfile::tempdir_in("/dev/shm");
+        Bench { temp: memory.or_else(|_| tempfile::tempdir()).unwrap() }
+    }
+
     /// A node with these disks.
     fn with(disks: &[&str]) -> (Bench, Node) {
         let bench = Bench::new();
-        let node = bench.open();
-        for disk in disks {
-            bench.add(&node, disk).unwrap();
-        }
+        let node = bench.open_with(disks);
         (bench, node)
+    }
+
+    fn open_with(&self, disks: &[&str]) -> Node {
+        let node = self.open();
+        for disk in disks {
+            self.add(&node, disk).unwrap();
+        }
+        node
     }
 
     fn open(&self) -> Node {

@@ -1,0 +1,237 @@
+//! What the tests of crashes do to a node, and what must hold afterwards.
+
+use std::{collections::BTreeMap, collections::BTreeSet, fs};
+
+use nix::fcntl::OFlag;
+
+use super::*;
+use crate::{
+    catalog::{DiskState, Repair},
+    error::Kind,
+};
+
+pub(super) const IMAGE: &[u8] = &[7; 8192];
+pub(super) const SPARE: &[u8] = &[9; 4096];
+
+/// An operation, the state that it starts from, and what it is called in a failure.
+pub(super) struct Scenario {
+    pub label: &'static str,
+    /// Changes the common start, with no node open.
+    pub prepare: fn(&Bench),
+    pub run: fn(&Bench, &Node) -> Result<()>,
+}
+
+/// The start of all scenarios: three disks; image `debian` on a with replicas on a and b; image
+/// `spare`, also called `extra`, on b.
+pub(super) fn start() -> Bench {
+    let bench = Bench::in_memory();
+    let node = bench.open_with(&["a", "b", "c"]);
+    import(&node, Some("a"), "debian", IMAGE).unwrap();
+    import(&node, Some("b"), "spare", SPARE).unwrap();
+    import(&node, Some("b"), "extra", SPARE).unwrap();
+    create(&node, "vm1", "debian", "a").unwrap();
+    create(&node, "vm2", "debian", "b").unwrap();
+    fs::create_dir(bench.path("new")).unwrap();
+    bench
+}
+
+pub(super) fn all() -> Vec<Scenario> {
+    let same: fn(&Bench) = |_| {};
+    vec![
+        Scenario {
+            label: "create a replica on another disk",
+            prepare: same,
+            run: |_, node| create(node, "vm3", "debian", "b").map(drop),
+        },
+        Scenario {
+            label: "create a replica on the copy's disk",
+            prepare: same,
+            run: |_, node| create(node, "vm3", "debian", "a").map(drop),
+        },
+        Scenario {
+            label: "remove a replica",
+            prepare: same,
+            run: |_, node| node.remove_replica(&name("vm2")).map(drop),
+        },
+        Scenario {
+            label: "publish an image",
+            prepare: same,
+            run: |_, node| import(node, Some("c"), "fresh", b"fresh content").map(drop),
+        },
+        Scenario {
+            label: "publish what is there",
+            prepare: same,
+            run: |_, node| import(node, Some("c"), "again", IMAGE).map(drop),
+        },
+        Scenario {
+            label: "publish in the place of a damaged copy",
+            prepare: |bench| {
+                let data = bench.home("a").join("images").join(digest(IMAGE).to_string());
+                fs::remove_file(data.join("data")).unwrap();
+            },
+            run: |_, node| import(node, Some("a"), "debian", IMAGE).map(drop),
+        },
+        Scenario {
+            label: "publish beside a damaged copy",
+            prepare: |bench| {
+                let data = bench.home("a").join("images").join(digest(IMAGE).to_string());
+                fs::remove_file(data.join("chunks")).unwrap();
+            },
+            run: |_, node| import(node, Some("c"), "debian", IMAGE).map(drop),
+        },
+        Scenario {
+            label: "remove one of an image's names",
+            prepare: same,
+            run: |_, node| node.remove_image(&name("extra")).map(drop),
+        },
+        Scenario {
+            label: "remove an image",
+            prepare: same,
+            run: |_, node| node.remove_image(&name(&digest(SPARE).to_string())).map(drop),
+        },
+        Scenario {
+            label: "grow a replica's record",
+            prepare: same,
+            run: |_, node| node.set_replica_size(&name("vm1"), 1 << 30),
+        },
+        Scenario {
+            label: "add a disk",
+            prepare: same,
+            run: |bench, node| bench.add(node, "new").map(drop),
+        },
+        Scenario {
+            label: "forget an empty disk",
+            prepare: same,
+            run: |_, node| node.remove_disk(&name("c")).map(drop),
+        },
+        Scenario {
+            label: "mend",
+            prepare: |bench| {
+                let refs = bench.home("a").join("images").join(digest(IMAGE).to_string());
+                let refs = refs.join("refs");
+                let one = fs::read_dir(&refs).unwrap().next().unwrap().unwrap().path();
+                let leaked = refs.join(format!("{}.json", Uuid::from_u128(1)));
+                let text = fs::read_to_string(&one).unwrap();
+                let id = one.file_stem().unwrap().to_str().unwrap().to_owned();
+                fs::write(leaked, text.replace(&id, &Uuid::from_u128(1).to_string())).unwrap();
+                fs::remove_file(one).unwrap();
+                fs::create_dir(bench.home("a").join("replicas/.deleting-x")).unwrap();
+                fs::write(bench.home("a").join("replicas/.deleting-x/data"), "x").unwrap();
+            },
+            run: |_, node| node.fsck(Repair::Mend).map(drop),
+        },
+    ]
+}
+
+/// What a user sees: replicas with their size, images with their names and state, disks.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Seen {
+    replicas: BTreeMap<String, u64>,
+    images: BTreeMap<String, (Digest, bool)>,
+    disks: BTreeSet<String>,
+}
+
+pub(super) fn seen(node: &Node) -> Seen {
+    let images = node.images();
+    let named = images.iter().flat_map(|image| {
+        let ready = node.open_copy(&image.names[0]).is_ok();
+        image.names.iter().map(move |name| (name.to_string(), (image.digest, ready)))
+    });
+    Seen {
+        replicas: node.replicas().iter().map(|r| (r.name.to_string(), r.size)).collect(),
+        images: named.collect(),
+        disks: node.disks().iter().map(|disk| disk.name.to_string()).collect(),
+    }
+}
+
+/// What a scenario leads from and to, when nothing gets in its way.
+pub(super) fn ends(bench: &Bench, scenario: &Scenario) -> (Seen, Seen) {
+    let node = bench.open();
+    let before = seen(&node);
+    (scenario.run)(bench, &node).unwrap();
+    drop(node);
+    let node = bench.open();
+    (before, seen(&node))
+}
+
+/// What must hold after a crash: nothing half-made is visible, no reference was lost, the state is
+/// that before the operation or after it, and `fsck` mends what was left.
+pub(super) fn check_after_crash(bench: &Bench, scenario: &Scenario, ends: &(Seen, Seen)) -> Seen {
+    let label = scenario.label;
+    let node = bench.open();
+    for disk in node.disks() {
+        assert_eq!(disk.state, DiskState::Present, "{label}: {:?}", disk.reason);
+    }
+    let now = seen(&node);
+    assert!(now == ends.0 || now == ends.1, "{label}: in between: {now:?}, ends {ends:?}");
+    for replica in node.replicas() {
+        let opened = node.open_replica(&replica.name).unwrap();
+        let data = opened.open_data(OFlag::empty()).unwrap();
+        assert!(data.metadata().unwrap().len() == 8192, "{label}: {} is whole", replica.name);
+        let map = fs::read(opened.path().join("map")).unwrap();
+        assert_eq!(map, blank_map(opened.id, 8192), "{label}: {}", replica.name);
+    }
+    let report = node.fsck(Repair::Report).unwrap();
+    let lost = report.problems.iter().find(|problem| problem.what.contains("has no reference"));
+    assert!(lost.is_none() || label == "mend", "{label}: {lost:?}");
+    let mended = node.fsck(Repair::Mend).unwrap();
+    let left = mended.problems.iter().find(|problem| !problem.mended);
+    // A damaged copy that the scenario is about stays until it is replaced.
+    assert!(left.is_none() || label.contains("damaged"), "{label}: {left:?}");
+    let after = node.fsck(Repair::Report).unwrap();
+    assert!(after.problems.is_empty() || label.contains("damaged"), "{label}: {after:?}");
+    for file in tree(bench.temp.path()) {
+        let unfinished = [".tmp-", ".staging-", ".deleting-"];
+        // What is under `state`, and on a disk that was not added in the end, is replaced later.
+        let ours = !file.starts_with("state/") && !file.starts_with("new/");
+        assert!(!ours || !unfinished.iter().any(|mark| file.contains(mark)), "{label}: {file}");
+    }
+    assert_eq!(seen(&node), now, "{label}: mending changes nothing that is seen");
+    // What was begun can be done again, unless it was done.
+    match (scenario.run)(bench, &node) {
+        Ok(()) => {}
+        Err(error) => {
+            assert!(matches!(error.kind(), Kind::Exists | Kind::NotFound), "{label}: {error}");
+            assert_eq!(now, ends.1, "{label}: {error}");
+        }
+    }
+    assert_eq!(seen(&node), ends.1, "{label}: done again");
+    now
+}
+
+/// A copy of a bench's directory, to start from again and again.
+pub(super) struct Snapshot(tempfile::TempDir);
+
+impl Snapshot {
+    pub(super) fn of(bench: &Bench) -> Snapshot {
+        let snapshot = Snapshot(tempfile::tempdir().unwrap());
+        copy(bench.temp.path(), snapshot.0.path());
+        snapshot
+    }
+
+    pub(super) fn restore(&self, bench: &Bench) {
+        clear(bench.temp.path());
+        copy(self.0.path(), bench.temp.path());
+    }
+}
+
+pub(super) fn clear(path: &Path) {
+    for entry in fs::read_dir(path).unwrap() {
+        let path = entry.unwrap().path();
+        if path.is_dir() { fs::remove_dir_all(path) } else { fs::remove_file(path) }.unwrap();
+    }
+}
+
+fn copy(from: &Path, to: &Path) {
+    for entry in fs::read_dir(from).unwrap() {
+        let entry = entry.unwrap();
+        let (path, there) = (entry.path(), to.join(entry.file_name()));
+        if path.is_dir() {
+            fs::create_dir(&there).unwrap();
+            fs::set_permissions(&there, fs::metadata(&path).unwrap().permissions()).unwrap();
+            copy(&path, &there);
+        } else {
+            fs::copy(&path, &there).unwrap();
+        }
+    }
+}
