@@ -158,7 +158,9 @@ fn usage(error: &clap::Error, arguments: &[OsString]) -> ExitCode {
     let told = error.render().to_string();
     let told = told.strip_prefix("error: ").unwrap_or(&told);
     let complaint = told.split("\n\nUsage:").next().unwrap_or(told);
-    let words: Vec<&str> = complaint.split_whitespace().filter(|word| *word != "tip:").collect();
+    let complaint = complaint.split("\n\nFor more information").next().unwrap_or(complaint);
+    let words = complaint.split_whitespace().filter(|word| *word != "tip:");
+    let words: Vec<String> = words.map(size::shorten).collect();
     let message = format!("{}; see --help", words.join(" "));
     let json = arguments.iter().any(|argument| argument == "--json");
     let format = if json { Format::Json } else { Format::Human };

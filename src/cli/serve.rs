@@ -85,8 +85,8 @@ impl Serve {
         tracing::info!(
             version = env!("CARGO_PKG_VERSION"),
             state = %config.state.display(),
-            socket = ?ready.socket,
-            nbd_socket = ?ready.nbd_socket,
+            socket = %shown(&ready.socket),
+            nbd_socket = %shown(&ready.nbd_socket),
             metrics = ready.metrics,
             "ready"
         );
@@ -167,7 +167,12 @@ fn sockets(config: &Config) -> Result<(Socket, Socket)> {
     Ok((control, nbd))
 }
 
+fn shown(socket: &Option<PathBuf>) -> std::path::Display<'_> {
+    socket.as_deref().unwrap_or(std::path::Path::new("(handed over)")).display()
+}
+
 async fn stop(server: Server, service: Arc<Service>, limit: Duration) -> Outcome {
+    service.cancel_jobs();
     server.stop(limit).await;
     let failures = service.stop(limit).await;
     for error in &failures {

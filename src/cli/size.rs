@@ -57,9 +57,9 @@ pub fn format(bytes: u64) -> String {
     }
 }
 
-/// At most forty characters of what a user gave, for messages.
+/// At most a hundred characters of what a user gave, for messages.
 pub fn shorten(text: &str) -> String {
-    match text.char_indices().nth(40) {
+    match text.char_indices().nth(100) {
         Some((end, _)) => format!("{}…", &text[..end]),
         None => text.to_owned(),
     }
@@ -90,7 +90,7 @@ mod tests {
             assert_eq!(parse(text).unwrap_err().kind(), Kind::Invalid, "{text}");
         }
         let long = parse(&"9".repeat(4000)).unwrap_err().to_string();
-        assert!(long.len() < 200, "{long}");
+        assert!(long.len() < 300, "{long}");
     }
 
     #[test]

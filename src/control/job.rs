@@ -1,13 +1,13 @@
 //! Long work of the API: it runs on a thread of its own and tells its progress in lines.
 //!
 //! Invariants:
-//! - The work is told to stop as soon as nobody listens any more.
+//! - The work is told to stop as soon as nobody listens any more, or the daemon stops.
 //! - A client that reads slowly loses progress lines, never the last line; it holds nothing up.
 
 use std::{
     convert::Infallible,
     sync::{
-        Arc,
+        Arc, Mutex, MutexGuard, PoisonError, Weak,
         atomic::{AtomicBool, Ordering},
     },
     time::Duration,
@@ -28,6 +28,32 @@ use crate::{
 
 /// How often progress is told. It also is how soon a client that vanished without a word is noticed.
 const BEAT: Duration = Duration::from_millis(500);
+
+/// The work that is under way, so that all of it can be told to stop.
+#[derive(Default)]
+pub struct Jobs(Mutex<Vec<Weak<AtomicBool>>>);
+
+impl Jobs {
+    /// Tells every piece of work to stop.
+    pub fn cancel(&self) {
+        for flag in self.flags().iter().filter_map(Weak::upgrade) {
+            flag.store(true, Ordering::Release);
+        }
+    }
+
+    fn enter(&self) -> Arc<AtomicBool> {
+        let flag = Arc::new(AtomicBool::new(false));
+        let mut flags = self.flags();
+        flags.retain(|flag| flag.strong_count() > 0);
+        flags.push(Arc::downgrade(&flag));
+        flag
+    }
+
+    fn flags(&self) -> MutexGuard<'_, Vec<Weak<AtomicBool>>> {
+        // A list of flags is whole after any panic.
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
 
 /// What a piece of work needs to know of the world.
 pub struct Job {
@@ -57,14 +83,14 @@ impl Drop for CancelOnDrop {
 }
 
 /// Runs `work` on a thread that may block, and answers with its events, a line each.
-pub fn stream<T, F>(work: F) -> Response<Body>
+pub fn stream<T, F>(jobs: &Jobs, work: F) -> Response<Body>
 where
     T: Serialize + Send + 'static,
     F: FnOnce(&Job) -> Result<T> + Send + 'static,
 {
     let (lines, answer) = mpsc::channel::<Bytes>(4);
     let (progress, told) = watch::channel(None);
-    let cancel = Arc::new(AtomicBool::new(false));
+    let cancel = jobs.enter();
     let guard = CancelOnDrop(cancel.clone());
     let job = Job { progress, cancel };
     let work = tokio::task::spawn_blocking(move || work(&job));

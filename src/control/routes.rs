@@ -171,7 +171,7 @@ async fn import_image(
         source: None,
     };
     let prepared = service.prepare_import(request.name.parse()?, options).await?;
-    Ok(job::stream(move |job| prepared.import(source, job)))
+    Ok(job::stream(service.jobs(), move |job| prepared.import(source, job)))
 }
 
 /// Imports an image from the body of the request. Answers, while it reads, as POST /v1/images does.
@@ -197,7 +197,7 @@ async fn upload_image(
     };
     let reader = Box::new(upload::reader(request.into_body()));
     let source = Source::Stream { name: called, reader, length };
-    Ok(job::stream(move |job| prepared.import(source, job)))
+    Ok(job::stream(service.jobs(), move |job| prepared.import(source, job)))
 }
 
 /// One image.
@@ -220,7 +220,7 @@ async fn remove_image(State(service): Node, Named(name): Named) -> Answer<Remove
     (status = 404, body = Refusal)))]
 async fn verify_image(State(service): Node, Named(name): Named) -> Result<Response, Failure> {
     let verify = service.prepare_verify(name).await?;
-    Ok(job::stream(move |job| verify.run(job)))
+    Ok(job::stream(service.jobs(), move |job| verify.run(job)))
 }
 
 /// Every replica.

@@ -25,7 +25,7 @@ use crate::{
         config::Config,
         event::Progress,
         exports::{Caches, Exports, IMAGE, REPLICA},
-        job::Job,
+        job::{Job, Jobs},
         metrics::Metrics,
         socket::Socket,
     },
@@ -46,6 +46,7 @@ pub struct Service {
     exports: Arc<Exports>,
     server: nbd::Server,
     metrics: Metrics,
+    jobs: Jobs,
     nbd_socket: Option<PathBuf>,
     metrics_at: OnceLock<String>,
     started: Instant,
@@ -80,11 +81,22 @@ impl Service {
             exports,
             server,
             metrics: Metrics::default(),
+            jobs: Jobs::default(),
             nbd_socket: socket.path(),
             metrics_at: OnceLock::new(),
             started: Instant::now(),
             created_in: Mutex::default(),
         }))
+    }
+
+    /// The long work under way.
+    pub(super) fn jobs(&self) -> &Jobs {
+        &self.jobs
+    }
+
+    /// Gives up imports and verifications that are under way.
+    pub fn cancel_jobs(&self) {
+        self.jobs.cancel();
     }
 
     /// Says where else the metrics are.
