@@ -14,12 +14,16 @@ mod daemon;
 mod nbd;
 
 use std::{
+    io::{ErrorKind, Read, Write},
     net::Shutdown,
+    os::unix::net::UnixStream,
     path::PathBuf,
     time::{Duration, Instant},
 };
 
 use daemon::Daemon;
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
+
 use nbd::{
     CACHE, Client, DF, EINVAL, ENOSPC, EPERM, FAST_ZERO, FLUSH, FUA, Message, NO_HOLE, PATIENCE,
     READ, REQ_ONE, Replies, SEND_FAST_ZERO, TRIM, WRITE, ZEROES, be, go, handshake, option,
@@ -129,6 +133,43 @@ fn handshakes_that_stall_anywhere_hold_nobody_up() {
         assert_eq!(client.read(8192, 512).unwrap(), content()[8192..8704]);
     }
     target.serves();
+}
+
+#[test]
+fn clients_that_never_negotiate_lose_their_places() {
+    let target = Target::new();
+    target.serves();
+    let (_, most) = getrlimit(Resource::RLIMIT_NOFILE).unwrap();
+    setrlimit(Resource::RLIMIT_NOFILE, most, most).unwrap();
+    // More than the server takes at once, at three places of the handshake, and one honest client
+    // behind them all.
+    let all = handshake(&target.writable);
+    let silent: Vec<_> = (0..1100)
+        .map(|index| {
+            let mut stream = UnixStream::connect(&target.socket).unwrap();
+            stream.write_all(&all[..[0, 10, 20][index % 3]]).unwrap();
+            stream
+        })
+        .collect();
+    if let Some(daemon) = &target.daemon {
+        daemon.run(&["status"]);
+        daemon.replica("more", "base", "16M");
+    }
+    target.serves();
+    if let Some(daemon) = &target.daemon {
+        let mut client = Client::open(&target.socket, "replica/more", Replies::Simple);
+        assert_eq!(client.read(0, 512).unwrap(), content()[..512]);
+        client.close();
+        wait_until("silent clients keep their places", || daemon.files() < 100);
+    }
+    for mut stream in silent {
+        stream.set_read_timeout(Some(PATIENCE)).unwrap();
+        let mut bytes = vec![];
+        let ended = stream.read_to_end(&mut bytes);
+        assert!(
+            ended.is_ok() || ended.is_err_and(|error| error.kind() == ErrorKind::ConnectionReset)
+        );
+    }
 }
 
 #[test]
@@ -411,6 +452,7 @@ fn disconnect_finishes_what_is_under_way() {
 #[test]
 fn replies_that_nobody_reads_cost_little() {
     let target = Target::new();
+    target.serves();
     let before = target.daemon.as_ref().map(|daemon| (daemon.memory(), daemon.files()));
     let mut greedy: Vec<_> = (0..8).map(|_| target.writer()).collect();
     for client in &mut greedy {
@@ -418,9 +460,7 @@ fn replies_that_nobody_reads_cost_little() {
         client.stream.set_write_timeout(Some(Duration::from_millis(500))).unwrap();
         for index in 0..400 {
             let at = index % 7 << 20;
-            if std::io::Write::write_all(&mut client.stream, &request(0, READ, index, at, 1 << 20))
-                .is_err()
-            {
+            if client.stream.write_all(&request(0, READ, index, at, 1 << 20)).is_err() {
                 break;
             }
         }
@@ -464,9 +504,10 @@ fn clients_that_vanish_leave_nothing_behind() {
 fn writes_cut_short_are_not_applied_and_whole_ones_are_whole() {
     let target = Target::new();
     let mut random = fastrand::Rng::with_seed(7);
-    let at = IMAGE;
     for round in 0..30_u8 {
-        // One write comes whole, and then one that breaks off somewhere.
+        // One write comes whole, and then one that breaks off somewhere. Each round has its own
+        // place: what a client left behind without an answer may still be under way.
+        let at = IMAGE + (u64::from(round) << 18);
         let mut client = target.writer();
         let stop = random.usize(..65536);
         client.send(&request(0, WRITE, 1, at, 65536));
@@ -485,7 +526,8 @@ fn writes_cut_short_are_not_applied_and_whole_ones_are_whole() {
             assert!(first.iter().all(|byte| *byte == round + 1));
         }
     }
-    // Many at once, and gone before any answer: each block is all old or all new.
+    // Many at once, and gone before any answer: each sector is all old or all new.
+    let at = 2 * IMAGE;
     let mut client = target.writer();
     for index in 0..200 {
         client.send(&request(0, WRITE, index, at + (index << 12), 4096));

@@ -1,6 +1,8 @@
 //! Invariants checked: replies are those of the protocol's text, byte for byte; how the input is cut
 //! makes no difference; every option is answered exactly once and in order, whatever became of the
 //! bytes of a real handshake; input, output and memory stay within their bounds.
+//!
+//! The mutations take `SEED` and `ROUNDS` from the environment; a failure names the round.
 
 use super::*;
 use crate::blockdev::nbd::wire::flag;
