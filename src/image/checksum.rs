@@ -2,8 +2,8 @@
 //! whole image (its digest).
 //!
 //! The digest is `SHA-256(size as u64 little-endian, SHA-256 of chunk 0, SHA-256 of chunk 1, …)`;
-//! chunks are 256 KiB of raw content, the last one as long as the image leaves it. So a chunk can be
-//! verified or fetched on its own, and the hash of a chunk of zeros is computed once a process.
+//! chunks are 256 KiB of raw content, the last one as long as the image leaves it. So a chunk can
+//! be verified or fetched on its own, and the hash of a chunk of zeros is computed once a process.
 
 use std::{fmt, str::FromStr, sync::OnceLock};
 
@@ -60,7 +60,8 @@ impl ChunkSum {
         self.zeros == u64::MAX
     }
 
-    /// The byte ranges of a chunk of `len` bytes that hold blocks other than zeros, neighbours joined.
+    /// The byte ranges of a chunk of `len` bytes that hold blocks other than zeros, neighbours
+    /// joined.
     pub fn data_runs(&self, len: usize) -> Vec<std::ops::Range<usize>> {
         let mut runs = Vec::new();
         let mut data = !self.zeros;

@@ -174,9 +174,7 @@ pub(super) fn padded_size(size: u64, name: &str) -> Result<u64> {
         Some(padded) if padded <= MAX_IMAGE => Ok(padded),
         _ => Err(Error::new(
             Kind::Unsupported,
-            format!(
-                "{name} is {size} bytes large; images of more than {MAX_IMAGE} bytes (64 TiB) are not served"
-            ),
+            format!("{name} holds {size} bytes; images of more than 64 TiB are not served"),
         )),
     }
 }

@@ -1,8 +1,8 @@
 //! Sources behind an http(s) URL.
 //!
 //! Redirects, waits and headers are bounded. The bytes are taken as they are sent: nothing is
-//! unpacked on the way, because `--sha256` is of the file as it was published. An https URL is never
-//! redirected to http.
+//! unpacked on the way, because `--sha256` is of the file as it was published. An https URL is
+//! never redirected to http.
 
 use std::time::Duration;
 

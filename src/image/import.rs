@@ -6,13 +6,14 @@
 //!    └────spare buffers┴────────────┘
 //! ```
 //!
-//! The feeder says what to do (a chunk of a stream, or a range to read of a file that can be read at
-//! any offset); workers read or decompress, hash, and drop zeros; one thread writes. Buffers
+//! The feeder says what to do (a chunk of a stream, or a range to read of a file that can be read
+//! at any offset); workers read or decompress, hash, and drop zeros; one thread writes. Buffers
 //! circulate: there are [`BUFFERS`] of them, whatever the image's size.
 //!
 //! Invariants:
 //! - Success means: `data` and `chunks` are complete, synced and read-only, and the source had the
-//!   SHA-256 that was asked for. After an error the directory holds fragments; its owner removes it.
+//!   SHA-256 that was asked for. After an error the directory holds fragments; its owner removes
+//!   it.
 //! - Only blocks that are not all zeros are written.
 
 use std::{
@@ -93,7 +94,8 @@ enum Task {
     Read(Arc<Content>, Range<u64>),
 }
 
-/// Imports `request.source` into the directory `stage`, where neither `data` nor `chunks` exist yet.
+/// Imports `request.source` into the directory `stage`, where neither `data` nor `chunks` exist
+/// yet.
 ///
 /// `progress` is called on this thread, about twenty times a second. Setting `cancel` ends the
 /// import with [`Kind::Cancelled`] within a fraction of a second. Blocks; not for async threads.

@@ -1,9 +1,9 @@
-//! From a source to raw content: what compression is around it, what format it is in, and whether it
-//! can be read at any offset or must be taken as it comes.
+//! From a source to raw content: what compression is around it, what format it is in, and whether
+//! it can be read at any offset or must be taken as it comes.
 //!
-//! A stream of raw content is imported as it comes. Any other format needs reading at any offset, so
-//! a stream of it is first stored in an unlinked file in the directory of the import, where it takes
-//! no more space than the disk has and is gone with the process.
+//! A stream of raw content is imported as it comes. Any other format needs reading at any offset,
+//! so a stream of it is first stored in an unlinked file in the directory of the import, where it
+//! takes no more space than the disk has and is gone with the process.
 
 use std::{
     fs::{File, OpenOptions},
@@ -66,7 +66,7 @@ pub(super) struct Original {
 }
 
 impl<'a> Intake<'a> {
-    /// Opens `source` and looks at its first bytes. `stored` is told while a stream is stored.
+    /// Opens `source` and looks at its first bytes.
     pub(super) fn open(
         source: Source,
         format: Format,
@@ -129,7 +129,8 @@ impl<'a> Intake<'a> {
                 return Err(Error::new(
                     Kind::Unsupported,
                     format!(
-                        "{name} is compressed twice: unpack it once, or take what is inside as it is with --format raw"
+                        "{name} is compressed twice: unpack it once, or take what is inside as it is \
+                         with --format raw"
                     ),
                 ));
             }
@@ -145,8 +146,8 @@ impl<'a> Intake<'a> {
         Ok(Intake { name, format, body: Body::Stream(body), original: None })
     }
 
-    /// Stores a stream whose format needs it in a nameless file in `dir`. `report` is called now and
-    /// then.
+    /// Stores a stream whose format needs it in a nameless file in `dir`. `report` is called now
+    /// and then.
     pub(super) fn spool(self, dir: &Path, report: impl Fn()) -> Result<Intake<'a>> {
         let mut decoded = match self.body {
             Body::Stream(decoded) if self.format != Format::Raw => decoded,
@@ -202,7 +203,8 @@ impl Original {
         Err(Error::new(
             Kind::Corrupt,
             format!(
-                "{name} was changed while it was imported: stop whatever writes to it, and import it again"
+                "{name} was changed while it was imported: stop whatever writes to it, \
+                 and import it again"
             ),
         ))
     }

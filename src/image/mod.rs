@@ -1,9 +1,9 @@
 //! Images: how one comes to be on a disk, and how one knows that it is still what it was.
 //!
 //! ```text
-//! Source ── stream (pump, decompress) ──┐
-//!    │                                  ├─> chunks ─> workers: mask, CRC-32, SHA-256 ─> io::bulk ─> data
-//!    └── Content: raw, qcow2, vmdk ─────┘                └─> TableBuilder ─> chunks (the file)
+//! Source ── Intake ─┬─ a stream of raw content ──────┐
+//!                   └─ Content: raw, qcow2, vmdk ────┴─> chunks ─> workers ─┬─> io::bulk ─> data
+//!                                                  (mask, CRC-32, SHA-256) └─> ChunkTable ─> chunks
 //! ```
 //!
 //! [`import()`] reads a source once and writes `data` and `chunks` into a directory it is given;

@@ -84,8 +84,8 @@ impl<'a> Control<'a> {
         self.cancel.load(Relaxed) || locked(&self.failure).is_some()
     }
 
-    /// Waits until every thread has dropped its end of `running`; tells progress meanwhile, and calls
-    /// `stop` once something failed or the caller gave up, so that nobody waits for a queue.
+    /// Waits until every thread has dropped its end of `running`; tells progress meanwhile, and
+    /// calls `stop` once something failed or the caller gave up, so that nobody waits for a queue.
     pub(super) fn watch(
         &self,
         running: &Receiver<()>,

@@ -252,7 +252,7 @@ impl Qcow2 {
             Cluster::Plain(start)
         };
         if let Cluster::Plain(_) | Cluster::Partial(..) = cluster {
-            if start % cluster_size != 0 {
+            if !start.is_multiple_of(cluster_size) {
                 return Err(self.corrupt(format!("its cluster for byte {at} is misaligned")));
             }
             let needed = match cluster {

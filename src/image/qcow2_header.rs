@@ -67,7 +67,8 @@ impl Header {
             return refuse(
                 Kind::Unsupported,
                 format!(
-                    "has version {version}; versions 2 and 3 are read: convert it with `qemu-img convert -O qcow2`"
+                    "has version {version}; versions 2 and 3 are read: convert it with \
+                     `qemu-img convert -O qcow2`"
                 ),
             );
         }
@@ -149,8 +150,8 @@ impl Header {
         if self.subclusters { 16 } else { 8 }
     }
 
-    /// Where the data of a compressed cluster is, by its L2 entry: an offset in bytes, and a count of
-    /// the further sectors that it touches.
+    /// Where the data of a compressed cluster is, by its L2 entry: an offset in bytes, and a count
+    /// of the further sectors that it touches.
     pub(super) fn packed_range(&self, entry: u64) -> Range<u64> {
         let shift = 62 - (self.cluster_bits - 8);
         let start = entry & ((1 << shift) - 1);
@@ -180,7 +181,8 @@ fn refuse_features(features: u64, name: &str) -> Result<()> {
             unknown => (
                 Kind::Unsupported,
                 format!(
-                    "needs features that are not known here (bits {unknown:#x}): convert it with `qemu-img convert -O qcow2` first"
+                    "needs features that are not known here (bits {unknown:#x}): convert it with \
+                     `qemu-img convert -O qcow2` first"
                 ),
             ),
         }

@@ -63,7 +63,8 @@ impl Source {
             Some(scheme) if scheme.bytes().all(|b| b.is_ascii_alphanumeric()) => Err(Error::new(
                 Kind::Unsupported,
                 format!(
-                    "sources of scheme {scheme:?} are not supported: give a path, - or an http(s) URL"
+                    "sources of scheme {scheme:?} are not supported: give a path, - or an \
+                     http(s) URL"
                 ),
             )),
             _ => Ok(Source::Path(PathBuf::from(text))),

@@ -1,9 +1,9 @@
 //! Sources that can only be read from front to back: pipes, downloads, compressed files.
 //!
 //! A pump thread reads the source, hashes the bytes as they were published, and hands them over a
-//! bounded queue; whoever reads the [`Stream`] decompresses. The pump is on its own so that a source
-//! that blocks (a silent peer, an idle pipe) never keeps a cancelled import waiting: the reader
-//! leaves, and the pump ends with its next read.
+//! bounded queue; whoever reads the [`Stream`] decompresses. The pump is on its own so that a
+//! source that blocks (a silent peer, an idle pipe) never keeps a cancelled import waiting: the
+//! reader leaves, and the pump ends with its next read.
 
 use std::{
     io::{self, BufReader, Cursor, Read},
@@ -68,8 +68,8 @@ pub(super) struct Stream<'a> {
     outcome: Outcome<'a>,
 }
 
-/// How a stream ended, kept apart from it because decoders swallow the stream and pass on its errors
-/// as they please.
+/// How a stream ended, kept apart from it because decoders swallow the stream and pass on its
+/// errors as they please.
 #[derive(Clone)]
 pub(super) struct Outcome<'a> {
     end: Arc<Mutex<End>>,
@@ -165,8 +165,8 @@ impl Read for Stream<'_> {
 }
 
 impl Outcome<'_> {
-    /// The error to report for `error`, which came out of a decoder of `compression`: a cancellation,
-    /// the source's own failure, or else what the decoder found.
+    /// The error to report for `error`, which came out of a decoder of `compression`: a
+    /// cancellation, the source's own failure, or else what the decoder found.
     pub(super) fn explain(&self, name: &str, compression: Compression, error: io::Error) -> Error {
         if self.cancel.load(Relaxed) {
             return cancelled();

@@ -1,13 +1,13 @@
 //! The chunk table: the `chunks` file beside the `data` of a copy.
 //!
-//! `docs/chunk-table.md` gives every byte. In short: a header of 4 KiB, then pages of 4 KiB with the
-//! sums of 85 chunks each. A page whose chunks are all zeros is a hole in the file and nothing at all
-//! in memory, so that a sparse terabyte costs no more than what it holds.
+//! `docs/chunk-table.md` gives every byte. In short: a header of 4 KiB, then pages of 4 KiB with
+//! the sums of 85 chunks each. A page whose chunks are all zeros is a hole in the file and nothing
+//! at all in memory, so that a sparse terabyte costs no more than what it holds.
 //!
 //! Invariants:
 //! - Every page carries a CRC over itself and its number; the header carries a CRC over itself and
-//!   one over the CRCs of all stored pages, so that a page lost (which then reads as a hole), swapped
-//!   or left over from another table is noticed when the table is loaded.
+//!   one over the CRCs of all stored pages, so that a page lost (which then reads as a hole),
+//!   swapped or left over from another table is noticed when the table is loaded.
 //! - A loaded table is sound: its size is a multiple of 512, at most [`MAX_IMAGE`], and no sum
 //!   claims data past the end of the image.
 //!

@@ -1,5 +1,5 @@
-//! Invariants checked: the bytes of the format (golden), that a table reads back as it was stored and
-//! costs nothing for zeros, and that no flipped byte, lost page or impossible claim passes.
+//! Invariants checked: the bytes of the format (golden), that a table reads back as it was stored
+//! and costs nothing for zeros, and that no flipped byte, lost page or impossible claim passes.
 
 use std::io::Write;
 

@@ -1,8 +1,8 @@
 //! Verifying: a copy's `data` is read whole and compared with its chunk table.
 //!
-//! Reads bypass the page cache where the file system lets them, because it is the disk that is asked,
-//! and because the cache belongs to the guests. Where the table says zeros and the file has a hole,
-//! nothing is read. A chunk that can't be read is bad; verifying goes on.
+//! Reads bypass the page cache where the file system lets them, because it is the disk that is
+//! asked, and because the cache belongs to the guests. Where the table says zeros and the file has
+//! a hole, nothing is read. A chunk that can't be read is bad; verifying goes on.
 
 use std::{
     fs::{File, OpenOptions},

@@ -7,8 +7,9 @@ use nix::{
     unistd::{Whence, lseek},
 };
 
-/// The next range at or after `offset` and before `end` that may hold anything but zeros; `None` when
-/// there is none. Files that can't tell (block devices, some file systems) are data throughout.
+/// The next range at or after `offset` and before `end` that may hold anything but zeros; `None`
+/// when there is none. Files that can't tell (block devices, some file systems) are data
+/// throughout.
 ///
 /// Moves the file's own position: only for files that are read at explicit offsets.
 pub fn next_data(file: &File, offset: u64, end: u64) -> io::Result<Option<Range<u64>>> {

@@ -28,8 +28,8 @@ pub fn handmade() -> Vec<u8> {
     put(40, &(CLUSTER as u64).to_be_bytes());
     put(96, &4_u32.to_be_bytes());
     put(100, &104_u32.to_be_bytes());
-    put(CLUSTER, &(2 * CLUSTER as u64 | 1 << 63).to_be_bytes());
-    put(2 * CLUSTER, &(3 * CLUSTER as u64 | 1 << 63).to_be_bytes());
+    put(CLUSTER, &((2 * CLUSTER as u64) | (1 << 63)).to_be_bytes());
+    put(2 * CLUSTER, &((3 * CLUSTER as u64) | (1 << 63)).to_be_bytes());
     put(2 * CLUSTER + 8, &1_u64.to_be_bytes());
     put(3 * CLUSTER, &[0xab; CLUSTER]);
     bytes
@@ -150,11 +150,9 @@ fn absurd_headers_cost_neither_time_nor_memory() {
         put(bytes, 36, &u32::MAX.to_be_bytes());
     };
     refused(changed(change), Kind::Corrupt, "32 MiB");
-    for entries in [0_u32] {
-        let change = |bytes: &mut Vec<u8>| put(bytes, 36, &entries.to_be_bytes());
-        refused(changed(change), Kind::Corrupt, "L1 table");
-    }
-    for at in [1_u64 << 62, u64::MAX & !0xffff, 1 << 40] {
+    let change = |bytes: &mut Vec<u8>| put(bytes, 36, &0_u32.to_be_bytes());
+    refused(changed(change), Kind::Corrupt, "L1 table");
+    for at in [1_u64 << 62, !0xffff, 1 << 40] {
         let change = |bytes: &mut Vec<u8>| put(bytes, 40, &at.to_be_bytes());
         refused(changed(change), Kind::Corrupt, "truncated");
     }

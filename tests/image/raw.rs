@@ -197,3 +197,51 @@ fn progress_goes_up_to_the_size() {
     assert_eq!((last.phase, last.done_bytes), (Phase::Syncing, 16 << 20));
     assert_eq!(last.total_bytes, Some(16 << 20));
 }
+
+/// A measurement, not a test: `cargo test --release --test image -- --ignored --nocapture speed`.
+#[test]
+#[ignore = "measures for half a minute and writes gigabytes"]
+fn speed() {
+    let dir = TempDir::new().unwrap();
+    let path = dir.path().join("dense");
+    let file = File::create(&path).unwrap();
+    let mut random = fastrand::Rng::with_seed(7);
+    let mut piece = vec![0; 64 << 20];
+    random.fill(&mut piece);
+    let mib = 2048_u64;
+    (0..mib / 64).for_each(|i| {
+        piece[..8].copy_from_slice(&i.to_le_bytes());
+        file.write_all_at(&piece, i * (64 << 20)).unwrap();
+    });
+    file.sync_all().unwrap();
+    let rate = |what: &str, took: Duration| {
+        println!("{what}: {mib} MiB in {took:?}, {:.0} MiB/s", mib as f64 / took.as_secs_f64());
+    };
+    for memory in [true, false] {
+        let stage =
+            if memory { TempDir::new_in("/dev/shm").unwrap() } else { TempDir::new().unwrap() };
+        let request = ImportRequest {
+            name: "x".into(),
+            source: Source::Path(path.clone()),
+            format: Format::Raw,
+            sha256: None,
+        };
+        let started = Instant::now();
+        let syncing = Mutex::new(None);
+        let progress = |progress: Progress| {
+            if progress.phase == Phase::Syncing {
+                syncing.lock().unwrap().get_or_insert_with(|| started.elapsed());
+            }
+        };
+        import(request, stage.path(), &progress, &AtomicBool::new(false)).unwrap();
+        rate(if memory { "import into memory" } else { "import to disk" }, started.elapsed());
+        println!("  before the sync: {:?}", syncing.into_inner().unwrap());
+        let data = File::open(stage.path().join("data")).unwrap();
+        let chunks = File::open(stage.path().join("chunks")).unwrap();
+        let table = underlay::image::ChunkTable::load(&chunks, "chunks").unwrap();
+        let started = Instant::now();
+        let cancel = AtomicBool::new(false);
+        assert!(underlay::image::verify(&data, &table, "data", &|_| {}, &cancel).unwrap().is_sound());
+        rate("verify", started.elapsed());
+    }
+}

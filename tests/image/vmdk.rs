@@ -122,8 +122,8 @@ fn every_flipped_byte_of_the_tables_is_an_error_or_harmless() {
             let mut flipped = bytes.clone();
             flipped[at] ^= 1 << (at % 8);
             let path = file_with(&dir, "flipped.vmdk", &flipped);
-            // Another size or grain size is another image: what counts is that nothing panics, hangs
-            // or reads elsewhere.
+            // Another size or grain size is another image: what counts is that nothing panics,
+            // hangs or reads elsewhere.
             if let Ok(copy) = import_quickly(Source::Path(path), Format::Vmdk) {
                 assert!(copy.imported.size <= 64 << 40);
             }
