@@ -8,7 +8,7 @@
 //!   deleting name.
 //! - `judge` is pure; `mend` does what it was told and nothing else.
 
-use std::{collections::HashMap, sync::Arc};
+use std::{collections::HashMap, ffi::OsStr, sync::Arc};
 
 use uuid::Uuid;
 
@@ -39,14 +39,15 @@ impl Node {
     /// Looks at every disk that is there.
     pub fn fsck(&self, repair: Repair) -> Result<FsckReport> {
         let wants = vec![(Object::Catalogue, Mode::Alone), (Object::Disks, Mode::Alone)];
-        let (_claimed, (disks, live)) = self.0.claim("the catalogue", |view| {
+        let (_claimed, disks) = self.0.claim("the catalogue", |view| {
             let here = view
                 .disks
                 .iter()
                 .filter_map(|slot| slot.here().map(|disk| (slot.known.name.clone(), disk.clone())));
-            Ok((wants.clone(), (here.collect::<Vec<_>>(), view.live.clone())))
+            Ok((wants.clone(), here.collect::<Vec<_>>()))
         })?;
         let mut report = FsckReport { missing: self.0.view().missing(), ..FsckReport::default() };
+        let live = |name: &OsStr| self.0.view().live.contains(name);
         let mut findings = Vec::new();
         let mut twice = Twice::default();
         for (name, disk) in &disks {

@@ -443,7 +443,7 @@ fn open_disk(known: &KnownDisk, steps: Steps) -> Opened {
 
 /// Reads a disk that nobody is at work on yet, and removes what a dead process left unfinished.
 fn scan_and_clean(disk: &Disk) -> Result<Contents> {
-    let contents = scan::disk(disk, &HashSet::new())?;
+    let contents = scan::disk(disk, &|_| false)?;
     for finding in &contents.findings {
         if let Some(Mend::Leftover(spot)) = &finding.mend {
             let removed = disk.walk(&spot.dir).and_then(|dir| dir.remove_tree(&spot.name));

@@ -122,8 +122,9 @@ pub(crate) fn ref_file(replica: Uuid) -> String {
     format!("{replica}.json")
 }
 
-/// Reads all of a disk. `live` names the staging directories that somebody is at work in.
-pub(crate) fn disk(disk: &Disk, live: &HashSet<OsString>) -> Result<Contents> {
+/// Reads all of a disk. `live` tells whether somebody is at work in the directory of a name; it is
+/// asked after the name was seen, so that work begun meanwhile counts.
+pub(crate) fn disk(disk: &Disk, live: &dyn Fn(&OsStr) -> bool) -> Result<Contents> {
     let mut scan = Scan { disk: disk.id, live, contents: Contents::default() };
     for entry in disk.home.entries(FILES_MAX)? {
         match entry.name.to_str() {
@@ -159,14 +160,13 @@ pub(crate) fn disk(disk: &Disk, live: &HashSet<OsString>) -> Result<Contents> {
 
 /// Reads one copy anew; `None` if it can't be understood.
 pub(crate) fn copy(disk: &Disk, digest: Digest) -> Result<Option<CopyFound>> {
-    let live = HashSet::new();
-    let mut scan = Scan { disk: disk.id, live: &live, contents: Contents::default() };
+    let mut scan = Scan { disk: disk.id, live: &|_| false, contents: Contents::default() };
     scan.copy(&disk.images, digest)
 }
 
 struct Scan<'a> {
     disk: Uuid,
-    live: &'a HashSet<OsString>,
+    live: &'a dyn Fn(&OsStr) -> bool,
     contents: Contents,
 }
 
@@ -314,7 +314,13 @@ impl Scan<'_> {
         let name = entry.name.to_string_lossy();
         if !name.starts_with(STAGING) && !name.starts_with(DELETING) {
             self.stray(parent, &[place], entry);
-        } else if !self.live.contains(&entry.name) && !is_resumable(parent, entry)? {
+            return Ok(());
+        }
+        // Work that has just ended took its directory away before it was called ended.
+        if (self.live)(&entry.name) || parent.stat(&entry.name)?.is_none() {
+            return Ok(());
+        }
+        if !is_resumable(parent, entry)? {
             self.leftover(parent, &[place], entry);
         }
         Ok(())

@@ -3,6 +3,8 @@
 
 use std::{
     os::unix::fs::PermissionsExt,
+    sync::atomic::{AtomicBool, Ordering},
+    thread,
     time::{Duration, SystemTime},
 };
 
@@ -282,4 +284,38 @@ fn nothing_of_a_disk_that_isnt_there_is_touched() {
     fs::rename(bench.path("away"), bench.path("b")).unwrap();
     let node = bench.open();
     assert_eq!(node.replica(&name("vm2")).unwrap().state, ReplicaState::Ready);
+}
+
+#[test]
+fn mending_and_importing_go_on_at_the_same_time() {
+    let bench = start();
+    let node = bench.open();
+    let done = AtomicBool::new(false);
+    thread::scope(|scope| {
+        scope.spawn(|| {
+            while !done.load(Ordering::SeqCst) {
+                let problems = node.fsck(Repair::Mend).unwrap().problems;
+                assert!(problems.is_empty(), "{problems:?}");
+            }
+        });
+        let imports: Vec<_> = ["a", "b", "c"]
+            .map(|disk| {
+                let node = &node;
+                scope.spawn(move || {
+                    for i in 0..100 {
+                        let content = format!("{i} on {disk}");
+                        import(node, Some(disk), "fresh", content.as_bytes()).ok();
+                        drop(stage(node, Some(disk), b"given up").unwrap());
+                        import(node, Some(disk), &format!("{disk}{i}"), content.as_bytes())
+                            .unwrap();
+                    }
+                })
+            })
+            .into_iter()
+            .map(|import| import.join())
+            .collect();
+        done.store(true, Ordering::SeqCst);
+        imports.into_iter().for_each(|import| import.unwrap());
+    });
+    assert_eq!(node.images().len(), 302);
 }
