@@ -241,7 +241,9 @@ fn speed() {
         let table = underlay::image::ChunkTable::load(&chunks, "chunks").unwrap();
         let started = Instant::now();
         let cancel = AtomicBool::new(false);
-        assert!(underlay::image::verify(&data, &table, "data", &|_| {}, &cancel).unwrap().is_sound());
+        assert!(
+            underlay::image::verify(&data, &table, "data", &|_| {}, &cancel).unwrap().is_sound()
+        );
         rate("verify", started.elapsed());
     }
 }
