@@ -389,7 +389,7 @@ impl Import {
             name: self.name.to_string(),
             source,
             format: self.format,
-            sha256: self.sha256.map(|digest| image::Digest(digest.0)),
+            sha256: self.sha256,
         };
         let report = |progress| job.report(Progress::from(progress));
         let imported = image::import(request, self.staged.path(), &report, job.cancel())?;
