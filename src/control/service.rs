@@ -342,6 +342,11 @@ impl Service {
         tracing::info!(replica = %name, ?removed, "replica removed");
         let note = match removed {
             catalog::Removed::Whole => None,
+            catalog::Removed::ReferenceLeft => Some(
+                "its reference could not be removed and holds the image until `underlay fsck \
+                 --repair` removes it"
+                    .to_owned(),
+            ),
             catalog::Removed::ReferenceOnly => Some(
                 "its disk is not there: it holds its image no longer, and its files are where \
                  they were"
