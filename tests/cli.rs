@@ -2,6 +2,8 @@
 //! exit code 2; a daemon that is not there is told with the remedy; the demo shows the main job and
 //! leaves nothing behind.
 
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+
 use std::{
     fs,
     process::{Command, Output, Stdio},

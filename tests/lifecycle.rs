@@ -1,6 +1,8 @@
 //! Invariants checked: a daemon that is told to stop flushes and leaves; one that is killed
 //! recovers what was flushed; two never share a socket, a state or a disk; systemd is spoken to.
 
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+
 use std::{
     fs,
     os::{
@@ -10,7 +12,6 @@ use std::{
     process::{Command, Stdio},
 };
 
-#[allow(dead_code)]
 #[path = "support/nbd.rs"]
 mod nbd;
 #[path = "support/node.rs"]

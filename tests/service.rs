@@ -2,6 +2,8 @@
 //! are served over NBD; hostile names and requests are refused in words; an import that is given up
 //! leaves nothing; what is attached is not removed; the API is as its document says.
 
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+
 use std::{
     fs,
     io::{Read, Write},
@@ -9,7 +11,6 @@ use std::{
     process::Stdio,
 };
 
-#[allow(dead_code)]
 #[path = "support/nbd.rs"]
 mod nbd;
 #[path = "support/node.rs"]

@@ -278,7 +278,8 @@ impl Node {
             ));
         }
         if record != before {
-            record::write(&disk.home, DISK_JSON, &record)?;
+            record::write(&disk.home, DISK_JSON, &record)
+                .map_err(|error| error.within(format!("disk {}", known.name)))?;
             let mut view = self.0.view();
             if let Some(slot) = view.disks.iter_mut().find(|slot| slot.known.id == known.id) {
                 slot.at = Attachment::Here(disk, record);

@@ -53,6 +53,8 @@ pub struct NewReplica {
 pub enum Removed {
     /// It is gone.
     Whole,
+    /// It is gone; its reference could not be removed, and holds the image until `fsck` does.
+    ReferenceLeft,
     /// Its disk isn't there: it no longer holds its image, and its files are where they were.
     ReferenceOnly,
 }
@@ -125,8 +127,15 @@ impl Node {
             ];
             Ok((wants, plan))
         })?;
-        plan.disk.check_writable().map_err(within)?;
-        self.make(&plan, &map(id, plan.record.size)).map_err(within)?;
+        let made = plan
+            .disk
+            .check_writable()
+            .and_then(|()| plan.copy.check_writable())
+            .and_then(|()| self.make(&plan, &map(id, plan.record.size)));
+        made.map_err(|error| match error.kind() {
+            Kind::NoSpace => within(error.within("a disk is full: free some space on it")),
+            _ => within(error),
+        })?;
         self.replica_by_id(id)
     }
 
@@ -212,14 +221,24 @@ impl Node {
             disk.check_writable().map_err(within)?;
             self.take_away(disk, id).map_err(within)?;
         }
+        let mut outcome = if disk.is_some() { Removed::Whole } else { Removed::ReferenceOnly };
         for copy in &copies {
-            drop_reference(copy, digest, id).map_err(within)?;
-            let mut view = self.0.view();
-            if let Some(copy) = view.copies_mut(digest).find(|found| found.disk == copy.id) {
-                copy.found.refs.remove(&id);
+            match drop_reference(copy, digest, id) {
+                Ok(()) => {
+                    let mut view = self.0.view();
+                    if let Some(copy) = view.copies_mut(digest).find(|found| found.disk == copy.id)
+                    {
+                        copy.found.refs.remove(&id);
+                    }
+                }
+                Err(error) if disk.is_none() => return Err(within(error)),
+                Err(error) => {
+                    tracing::warn!(replica = %name, %error, "its reference stays until fsck");
+                    outcome = Removed::ReferenceLeft;
+                }
             }
         }
-        Ok(if disk.is_some() { Removed::Whole } else { Removed::ReferenceOnly })
+        Ok(outcome)
     }
 
     /// Renames a replica out of sight, durably, and removes its files.

@@ -279,7 +279,9 @@ fn choose(disks: Vec<(Arc<Disk>, Name, bool)>, need: u64) -> Result<(Arc<Disk>, 
                         what + ", and fewer are free: free some, or choose another disk",
                     )
                 };
-                refused = Some(disk.check_writable().err().unwrap_or_else(full));
+                let read_only = disk.check_writable().err();
+                let read_only = read_only.map(|error| error.within(format!("disk {name}")));
+                refused = Some(read_only.unwrap_or_else(full));
             }
             Err(error) => refused = Some(error.within(format!("disk {name}"))),
         }

@@ -178,7 +178,7 @@ impl Import {
                 answer => return answer,
             }
         }
-        let length = metadata.is_file().then(|| metadata.len());
+        let length = metadata.is_file().then_some(metadata.len());
         self.send(client, file, &shown, length).await
     }
 

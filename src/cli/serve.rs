@@ -173,8 +173,8 @@ fn shown(socket: &Option<PathBuf>) -> std::path::Display<'_> {
 
 async fn stop(server: Server, service: Arc<Service>, limit: Duration) -> Outcome {
     service.cancel_jobs();
-    server.stop(limit).await;
-    let failures = service.stop(limit).await;
+    tokio::join!(server.stop(limit), service.dismiss_clients(limit));
+    let failures = service.close(limit).await;
     for error in &failures {
         tracing::error!(%error, "closing");
     }

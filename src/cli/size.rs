@@ -52,7 +52,7 @@ pub fn format(bytes: u64) -> String {
     let tenths = (u128::from(bytes) * 10) >> (unit * 10);
     match tenths {
         1000.. => format!("{} {}", tenths / 10, UNITS[unit]),
-        _ if tenths % 10 == 0 => format!("{} {}", tenths / 10, UNITS[unit]),
+        _ if tenths.is_multiple_of(10) => format!("{} {}", tenths / 10, UNITS[unit]),
         _ => format!("{}.{} {}", tenths / 10, tenths % 10, UNITS[unit]),
     }
 }
@@ -107,7 +107,7 @@ mod tests {
             assert_eq!(format(bytes), text);
         }
         for bytes in (0..64).map(|bit| 1u64 << bit) {
-            assert_eq!(parse(&format(bytes).replace("EiB", "P")).is_ok(), true);
+            assert!(parse(&format(bytes).replace("EiB", "P")).is_ok());
         }
     }
 }

@@ -17,7 +17,7 @@ use std::{
     time::Duration,
 };
 
-use nix::fcntl::OFlag;
+use nix::fcntl::{OFlag, PosixFadviseAdvice, posix_fadvise};
 use tokio::{sync::Mutex as AsyncMutex, time::timeout};
 use uuid::Uuid;
 
@@ -26,7 +26,7 @@ use crate::{
         AnyDevice, BaseImage, Replica,
         nbd::{Export, Exports as Offered},
     },
-    catalog::{Digest, Name, Node, ReplicaStatus, Tier},
+    catalog::{Digest, Name, Node, Removed, ReplicaStatus, Tier},
     control::{config::Caching, service::blocking},
     cow::Overlay,
     error::{Context, Error, Kind, Result},
@@ -71,6 +71,11 @@ impl Opened {
     /// Whether a client, or one that is about to be, holds it.
     fn is_shared(&self) -> bool {
         Arc::strong_count(&self.export) > 1
+    }
+
+    /// Whether it takes no more writes, and nobody holds it.
+    fn is_spent(&self) -> bool {
+        self.replica.overlay().poisoned().is_some() && !self.is_shared()
     }
 }
 
@@ -147,33 +152,27 @@ impl Exports {
         blocking(move || node.set_replica_size(&name, size)).await
     }
 
-    /// Removes a replica by `remove`, unless somebody uses it.
-    pub async fn remove_replica<T: Send + 'static>(
+    /// Removes a replica, unless somebody uses it; `clients` names who does.
+    pub async fn remove_replica(
         &self,
-        name: Name,
+        status: &ReplicaStatus,
         clients: impl FnOnce(&str) -> Vec<String>,
-        remove: impl FnOnce(&Node, &Name) -> Result<T> + Send + 'static,
-    ) -> Result<T> {
-        let status = self.replica_status(name.clone()).await?;
+    ) -> Result<Removed> {
         let entry = self.slot(status.id);
         let mut slot = entry.lock().await;
         if slot.as_ref().is_some_and(Opened::is_shared) {
             let clients = clients(&format!("{REPLICA}{}", status.name));
-            return Err(Error::new(
-                Kind::InUse,
-                format!(
-                    "replica {}: a client is attached{}; disconnect it first",
-                    status.name,
-                    match clients.as_slice() {
-                        [] => String::new(),
-                        some => format!(" ({})", some.join(", ")),
-                    }
-                ),
-            ));
+            let who = match clients.as_slice() {
+                [] => String::new(),
+                some => format!(" ({})", some.join(", ")),
+            };
+            let what = format!("replica {}: a client is attached{who}; disconnect it", status.name);
+            return Err(Error::new(Kind::InUse, what + " first"));
         }
-        // The slot stays locked, and what was open in it stays as it was should this fail.
-        let node = self.node.clone();
-        let removed = blocking(move || remove(&node, &name)).await?;
+        // By its id: names may have changed hands since they were looked up. The slot stays locked,
+        // and what is open in it stays as it is should this fail.
+        let (node, id) = (self.node.clone(), status.id.to_string().parse::<Name>()?);
+        let removed = blocking(move || node.remove_replica(&id)).await?;
         *slot = None;
         locked(&self.replicas).remove(&status.id);
         Ok(removed)
@@ -229,6 +228,11 @@ impl Exports {
         slot: &'a mut Option<Opened>,
         status: ReplicaStatus,
     ) -> Result<&'a Opened> {
+        if slot.as_ref().is_some_and(Opened::is_spent) {
+            // Nobody is left who could rely on what was not synced: what is on the disk counts.
+            tracing::warn!(replica = %status.name, "poisoned by a failed sync; it is opened anew");
+            *slot = None;
+        }
         if slot.is_none() {
             *slot = Some(self.open_overlay(status).await?);
         }
@@ -319,8 +323,11 @@ struct Files {
 fn open_files(node: &Node, name: &Name, caching: Caching) -> Result<Files> {
     let open = node.open_replica(name)?;
     let what = || format!("replica {name}: opening its overlay");
-    let file = |file: &dyn Fn(OFlag) -> Result<std::fs::File>| -> Result<RingFile> {
-        RingFile::new(opened(caching, file)?).context(what)
+    let file = |open: &dyn Fn(OFlag) -> Result<std::fs::File>| -> Result<RingFile> {
+        let file = opened(caching, open)?;
+        // Clean pages that an earlier, failed sync left behind may not be what is on the disk.
+        posix_fadvise(&file, 0, 0, PosixFadviseAdvice::POSIX_FADV_DONTNEED).context(what)?;
+        RingFile::new(file).context(what)
     };
     Ok(Files {
         id: open.id,

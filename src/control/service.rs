@@ -110,12 +110,15 @@ impl Service {
         self.metrics_at.get().cloned()
     }
 
-    /// Takes no more NBD clients, lets requests under way end, flushes and closes what is open.
-    /// What could not be closed, and why.
-    pub async fn stop(&self, limit: Duration) -> Vec<Error> {
+    /// Takes no more NBD clients, and lets requests under way end.
+    pub async fn dismiss_clients(&self, limit: Duration) {
         if tokio::time::timeout(limit, self.server.stop()).await.is_err() {
             tracing::warn!("NBD requests were still under way; their clients are cut off");
         }
+    }
+
+    /// Flushes and closes what is open. What could not be closed, and why.
+    pub async fn close(&self, limit: Duration) -> Vec<Error> {
         self.exports.close(limit).await
     }
 
@@ -326,16 +329,24 @@ impl Service {
     }
 
     /// Removes a replica.
-    pub async fn remove_replica(&self, name: Name) -> Result<Removed> {
-        let removal = self.exports.remove_replica(
-            name.clone(),
-            |export| self.server.clients(export),
-            |node, name| node.remove_replica(name),
-        );
-        let removed = removal.await?;
+    pub async fn remove_replica(self: &Arc<Self>, name: Name) -> Result<Removed> {
+        let (service, by) = (self.clone(), name.clone());
+        let removal = async move {
+            let status = service.replica(by).await?.status;
+            let clients = |export: &str| service.server.clients(export);
+            let removed = service.exports.remove_replica(&status, clients).await?;
+            locked(&service.created_in).remove(&status.id);
+            Ok(removed)
+        };
+        let removed = to_the_end(removal).await?;
         tracing::info!(replica = %name, ?removed, "replica removed");
         let note = match removed {
             catalog::Removed::Whole => None,
+            catalog::Removed::ReferenceLeft => Some(
+                "its reference could not be removed and holds the image until `underlay fsck \
+                 --repair` removes it"
+                    .to_owned(),
+            ),
             catalog::Removed::ReferenceOnly => Some(
                 "its disk is not there: it holds its image no longer, and its files are where \
                  they were"
@@ -347,7 +358,8 @@ impl Service {
 
     /// Grows a replica.
     pub async fn resize_replica(&self, name: Name, size: u64) -> Result<ReplicaView> {
-        self.exports.resize_replica(name.clone(), size).await?;
+        let (exports, by) = (self.exports.clone(), name.clone());
+        to_the_end(async move { exports.resize_replica(by, size).await }).await?;
         tracing::info!(replica = %name, size, "replica resized");
         self.replica(name).await
     }
@@ -389,7 +401,7 @@ impl Import {
             name: self.name.to_string(),
             source,
             format: self.format,
-            sha256: self.sha256.map(|digest| image::Digest(digest.0)),
+            sha256: self.sha256,
         };
         let report = |progress| job.report(Progress::from(progress));
         let imported = image::import(request, self.staged.path(), &report, job.cancel())?;
@@ -450,14 +462,23 @@ impl From<image::Progress> for Progress {
     }
 }
 
+/// Runs `work` to its end, whether or not the client that asked for it stays to hear of it.
+async fn to_the_end<T: Send + 'static>(
+    work: impl Future<Output = Result<T>> + Send + 'static,
+) -> Result<T> {
+    tokio::spawn(work).await.unwrap_or_else(|error| Err(died(&error)))
+}
+
 /// Runs `work` where it may block.
 pub async fn blocking<T: Send + 'static>(
     work: impl FnOnce() -> Result<T> + Send + 'static,
 ) -> Result<T> {
-    tokio::task::spawn_blocking(work).await.unwrap_or_else(|error| {
-        tracing::error!(%error, "a task died");
-        Err(Error::new(Kind::Io, "internal error; see the daemon's log"))
-    })
+    tokio::task::spawn_blocking(work).await.unwrap_or_else(|error| Err(died(&error)))
+}
+
+fn died(error: &tokio::task::JoinError) -> Error {
+    tracing::error!(%error, "a task died");
+    Error::new(Kind::Io, "internal error; see the daemon's log")
 }
 
 fn parsed(name: Option<String>) -> Result<Option<Name>> {

@@ -104,10 +104,10 @@ impl Map {
             let count = (BLOCKS_PER_WORD - skip).min(blocks.end - block);
             let ones =
                 if count == BLOCKS_PER_WORD { ONES } else { ONES & ((1 << (count * 2)) - 1) };
-            let (mask, bits) = (ones * 3 << (skip * 2), ones * state as u64);
+            let (mask, bits) = ((ones * 3) << (skip * 2), ones * state as u64);
             let word = &page[(within / BLOCKS_PER_WORD) as usize];
             let old = word.load(Ordering::Relaxed);
-            word.store(old & !mask | bits << (skip * 2), Ordering::Release);
+            word.store((old & !mask) | (bits << (skip * 2)), Ordering::Release);
             block += count;
         }
     }
@@ -196,7 +196,8 @@ mod tests {
     #[test]
     fn an_untouched_device_costs_little() {
         let map = Map::new();
-        assert_eq!(map.run(0..MAX_PAGES * BLOCKS_PER_PAGE), (State::Base, 17_179_868_160));
+        let all = MAX_PAGES * BLOCKS_PER_PAGE;
+        assert_eq!(map.run(0..all), (State::Base, all));
         assert!(!map.is_all(0..1, State::Data));
         assert!(map.bytes() < 32 << 10, "{}", map.bytes());
         map.set(BLOCKS_PER_PAGE * 5000..BLOCKS_PER_PAGE * 5000 + 1, State::Zero);

@@ -11,7 +11,7 @@ use std::{ops::Range, sync::atomic::Ordering};
 use super::{
     Base, Provision,
     changes::Over,
-    format::State,
+    format::{BLOCKS_PER_PAGE, State},
     locks::Mode,
     overlay::{BOUNCE, Overlay},
     plan::{Plan, Source},
@@ -30,11 +30,14 @@ impl<I: Io> Overlay<I> {
     /// zeros, all else stays.
     pub async fn discard(&self, io: &I, offset: u64, len: u64) -> Result<()> {
         let end = check_range(offset, len, self.size())?;
-        self.before_change(io).await?;
-        let inner = whole_blocks(&(offset..end));
-        if !inner.is_empty() {
-            let _exclusive = self.locks.lock(inner.clone(), Mode::Exclusive).await;
-            self.changes.to_zero(inner, Over::Data);
+        self.check_poison()?;
+        for piece in pieces(offset..end) {
+            self.before_change(io).await?;
+            let inner = whole_blocks(&piece);
+            if !inner.is_empty() {
+                let _exclusive = self.locks.lock(inner.clone(), Mode::Exclusive).await;
+                self.changes.to_zero(inner, Over::Data);
+            }
         }
         Ok(())
     }
@@ -49,12 +52,24 @@ impl<I: Io> Overlay<I> {
         provision: Provision,
     ) -> Result<()> {
         let end = check_range(offset, len, self.size())?;
-        if len == 0 {
-            return Ok(());
+        self.check_poison()?;
+        for piece in pieces(offset..end) {
+            self.before_change(io).await?;
+            self.zero_piece(io, base, piece, provision).await?;
         }
-        self.before_change(io).await?;
+        Ok(())
+    }
+
+    async fn zero_piece<B: Base<I>>(
+        &self,
+        io: &I,
+        base: &B,
+        bytes: Range<u64>,
+        provision: Provision,
+    ) -> Result<()> {
+        let Range { start: offset, end } = bytes;
         let blocks = offset / BLOCK..units::blocks(end);
-        let inner = whole_blocks(&(offset..end));
+        let inner = whole_blocks(&bytes);
         let _exclusive = self.locks.lock(blocks, Mode::Exclusive).await;
         if inner.is_empty() {
             let middle = end.min(units::round_down(offset, BLOCK) + BLOCK);
@@ -144,6 +159,14 @@ impl<I: Io> Overlay<I> {
             }
         }
     }
+}
+
+/// The range, cut where pages of the map begin: the changes of one piece are bounded, and between
+/// two pieces others get their turn, commits included.
+fn pieces(bytes: Range<u64>) -> impl Iterator<Item = Range<u64>> {
+    const PIECE: u64 = BLOCKS_PER_PAGE * BLOCK;
+    (bytes.start / PIECE..bytes.end.div_ceil(PIECE))
+        .map(move |n| bytes.start.max(n * PIECE)..bytes.end.min((n + 1) * PIECE))
 }
 
 /// The blocks that lie wholly within the bytes. The last one of a device that ends within it never

@@ -83,7 +83,9 @@ impl Content {
         }
     }
 
-    /// The next range at or after `offset` that may hold anything but zeros.
+    /// The next range at or after `offset` that may hold anything but zeros; `None` when there is
+    /// none. An empty range past `offset` says that there is nothing before it: looking through
+    /// one table at a time, a caller can give up in between.
     pub(super) fn next_data(
         &self,
         offset: u64,

@@ -4,16 +4,17 @@
 //! unpacked on the way, because `--sha256` is of the file as it was published. An https URL is
 //! never redirected to http.
 
-use std::time::Duration;
+use std::{path::PathBuf, time::Duration};
 
 use ureq::{
     Agent,
     config::AutoHeaderValue,
     http::{StatusCode, header},
+    tls::{Certificate, PemItem, RootCerts, TlsConfig},
 };
 
 use super::stream::Incoming;
-use crate::error::{Error, Kind, Result};
+use crate::error::{Context, Error, Kind, Result};
 
 const REDIRECTS: u32 = 8;
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(20);
@@ -36,6 +37,7 @@ pub(super) fn open(url: &str, name: &str) -> Result<Incoming> {
         .timeout_recv_response(Some(RESPONSE_TIMEOUT))
         .timeout_per_read(Some(STALL_TIMEOUT))
         .max_response_header_size(MAX_HEADERS)
+        .tls_config(TlsConfig::builder().root_certs(trusted_roots()?).build())
         .build();
     let response = Agent::new_with_config(config).get(url).call().map_err(|error| {
         let (kind, remedy) = match &error {
@@ -71,6 +73,36 @@ pub(super) fn open(url: &str, name: &str) -> Result<Incoming> {
     let length = body.content_length();
     let reader = body.into_with_config().limit(u64::MAX).reader();
     Ok(Incoming { reader: Box::new(reader), length })
+}
+
+/// The certificates that this host trusts; those built in where it has none of its own.
+fn trusted_roots() -> Result<RootCerts> {
+    // The way of OpenSSL: a variable, else where the distributions keep them.
+    const BUNDLES: [&str; 3] = [
+        "/etc/ssl/certs/ca-certificates.crt",
+        "/etc/pki/tls/certs/ca-bundle.crt",
+        "/etc/ssl/ca-bundle.pem",
+    ];
+    let told = std::env::var_os("SSL_CERT_FILE").map(PathBuf::from);
+    let Some(path) = told.or_else(|| BUNDLES.iter().map(PathBuf::from).find(|path| path.exists()))
+    else {
+        return Ok(RootCerts::WebPki);
+    };
+    let what = format!("the trusted certificates in {}", path.display());
+    let text = std::fs::read(&path).context(|| format!("reading {what} (see SSL_CERT_FILE)"))?;
+    let certificates: Vec<Certificate<'static>> = ureq::tls::parse_pem(&text)
+        .filter_map(|item| match item {
+            Ok(PemItem::Certificate(certificate)) => Some(certificate),
+            _ => None,
+        })
+        .collect();
+    if certificates.is_empty() {
+        return Err(Error::new(
+            Kind::Invalid,
+            format!("{what} are none: correct or unset SSL_CERT_FILE"),
+        ));
+    }
+    Ok(RootCerts::new_with_certs(&certificates))
 }
 
 /// `url` as it may be shown and stored: without user, password, query and fragment.

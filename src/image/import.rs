@@ -30,20 +30,20 @@ use std::{
     thread,
 };
 
-use nix::sys::statvfs::statvfs;
 use sha2::{Digest as _, Sha256};
 use tokio::sync::mpsc;
 
 use super::{
-    CHUNKS_FILE, DATA_FILE, Digest, MAX_IMAGE, TableBuilder,
+    CHUNKS_FILE, DATA_FILE, MAX_IMAGE, TableBuilder,
     checksum::ChunkSum,
     content::{Content, Format, Scratch, padded_size, read_exact},
     intake::{Body, Decoded, Intake, Original},
-    pipeline::{Control, Phase, Progress, Queue, locked, workers},
+    pipeline::{Control, Phase, Progress, Queue, locked, tell_of_full_disk, workers},
     source::Source,
     stream::{Received, cancelled},
 };
 use crate::{
+    catalog::Digest,
     error::{Context, Error, Kind, Result},
     io::bulk::{Piece, write_pieces},
     units::{CHUNK, Chunk, SECTOR, round_down},
@@ -161,7 +161,9 @@ impl Job<'_> {
         let table = std::mem::take(&mut *locked(&self.table)).finish(size);
         let chunks = self.create(CHUNKS_FILE)?;
         data.set_len(size).context(|| self.writing(DATA_FILE))?;
-        table.store(&chunks, &self.stage.join(CHUNKS_FILE).display().to_string())?;
+        table
+            .store(&chunks, &self.stage.join(CHUNKS_FILE).display().to_string())
+            .map_err(|error| tell_of_full_disk(error, self.stage, "only the table is missing"))?;
         let mut stored_bytes = 0;
         for (file, name) in [(&data, DATA_FILE), (&chunks, CHUNKS_FILE)] {
             file.set_permissions(Permissions::from_mode(0o400)).context(|| self.writing(name))?;
@@ -276,12 +278,20 @@ impl Job<'_> {
         self.control.total.store(size, Relaxed);
         let content = Arc::new(content);
         let mut scratch = Scratch::default();
-        let mut next = 0;
-        while let Some(data) = content.next_data(next, &mut scratch)? {
+        // What was looked through, and what is queued or known to be zeros: whole chunks.
+        let (mut at, mut next) = (0, 0);
+        while let Some(data) = content.next_data(at, &mut scratch)? {
+            if self.control.stopped() {
+                return Ok(size);
+            }
+            at = data.end;
             let start = round_down(data.start, CHUNK).max(next);
-            let end = data.end.div_ceil(CHUNK).saturating_mul(CHUNK).min(size);
             self.control.done.fetch_add(start - next, Relaxed);
             next = start;
+            if data.is_empty() {
+                continue;
+            }
+            let end = data.end.next_multiple_of(CHUNK).min(size);
             while next < end {
                 let stop = (round_down(next, UNIT) + UNIT).min(end);
                 if !self.tasks.push(Task::Read(content.clone(), next..stop)) {
@@ -289,9 +299,7 @@ impl Job<'_> {
                 }
                 next = stop;
             }
-            if self.control.stopped() {
-                return Ok(size);
-            }
+            at = at.max(next);
         }
         self.control.done.fetch_add(size - next, Relaxed);
         Ok(size)
@@ -400,22 +408,15 @@ impl Job<'_> {
         format!("writing {}", self.stage.join(name).display())
     }
 
-    /// The error of a failed write; a full disk is told with what is free and what is missing.
     fn write_failure(&self, name: &str, error: io::Error) -> Error {
-        let error = Error::io(self.writing(name), error);
-        if error.kind() != Kind::NoSpace {
-            return error;
-        }
-        let free = statvfs(self.stage)
-            .map_or(0, |stat| stat.blocks_available().saturating_mul(stat.fragment_size()));
         let done = self.control.done.load(Relaxed);
         let need = match self.control.total.load(Relaxed) {
-            0 => "more than that".to_owned(),
-            total => format!("up to {} bytes more", total.saturating_sub(done)),
+            0 => format!("{done} bytes of the image are done, more are to come"),
+            total => format!(
+                "{done} bytes of the image are done, up to {} more are needed",
+                total.saturating_sub(done)
+            ),
         };
-        error.within(format!(
-            "the disk is full ({free} bytes free): {done} bytes of the image are done and {need} \
-             are needed; free space, or choose another disk with --disk"
-        ))
+        tell_of_full_disk(Error::io(self.writing(name), error), self.stage, &need)
     }
 }

@@ -16,12 +16,17 @@ use std::{
 use nix::fcntl::OFlag;
 
 use super::{
-    checksum::{Digest, is_zero},
+    checksum::is_zero,
     content::{Content, Format, read_exact},
+    pipeline::tell_of_full_disk,
+    qcow2_header,
     source::{Opened, Source},
     stream::{Compression, HEAD, Incoming, Outcome, Received, Stream, fill, take_head},
 };
-use crate::error::{Context, Error, Kind, Result};
+use crate::{
+    catalog::Digest,
+    error::{Context, Error, Kind, Result},
+};
 
 /// Bytes of a stream stored at a time.
 const SPOOL: usize = 1 << 20;
@@ -153,8 +158,11 @@ impl<'a> Intake<'a> {
             Body::Stream(decoded) if self.format != Format::Raw => decoded,
             body => return Ok(Intake { body, ..self }),
         };
-        let storing = || format!("storing {} in {}", self.name, dir.display());
-        let file = nameless_file(dir).context(storing)?;
+        let storing = |error| {
+            let error = Error::io(format!("storing {} in {}", self.name, dir.display()), error);
+            tell_of_full_disk(error, dir, "the whole source and then its content are to fit")
+        };
+        let file = nameless_file(dir).map_err(storing)?;
         let mut length = 0;
         let mut buf = vec![0; SPOOL];
         loop {
@@ -164,11 +172,15 @@ impl<'a> Intake<'a> {
                 break;
             }
             if !is_zero(&buf[..count]) {
-                file.write_all_at(&buf[..count], length).context(storing)?;
+                file.write_all_at(&buf[..count], length).map_err(storing)?;
+            }
+            if length == 0 && self.format == Format::Qcow2 {
+                // What is refused is refused before all of it was downloaded.
+                qcow2_header::Header::read(&file, count as u64, &self.name)?;
             }
             length += count as u64;
         }
-        file.set_len(length).context(storing)?;
+        file.set_len(length).map_err(storing)?;
         let source_sha256 = decoded.outcome.digest();
         let content = Content::open(file, length, self.format, &self.name)?;
         let body = Body::Content { content, source_sha256 };

@@ -2,8 +2,8 @@
 //!
 //! ```text
 //! Source ── Intake ─┬─ a stream of raw content ──────┐
-//!                   └─ Content: raw, qcow2, vmdk ────┴─> chunks ─> workers ─┬─> io::bulk ─> data
-//!                                                  (mask, CRC-32, SHA-256) └─> ChunkTable ─> chunks
+//!                   └─ Content: raw, qcow2, vmdk ────┴─> chunks ─> workers ┬─> io::bulk ─> data
+//!                                                (mask, CRC-32, SHA-256) └─> ChunkTable ─> chunks
 //! ```
 //!
 //! [`import()`] reads a source once and writes `data` and `chunks` into a directory it is given;
@@ -32,13 +32,15 @@ mod table;
 mod verify;
 mod vmdk;
 
-pub use checksum::{ChunkSum, Digest};
+pub use checksum::{ChunkSum, sha256};
 pub use content::Format;
 pub use import::{ImportRequest, Imported, import};
 pub use pipeline::{Phase, Progress};
 pub use source::Source;
 pub use table::{ChunkTable, TableBuilder};
 pub use verify::{VerifyReport, verify};
+
+pub use crate::catalog::Digest;
 
 /// The largest image that is served, in bytes: 64 TiB.
 pub const MAX_IMAGE: u64 = 64 << 40;

@@ -4,6 +4,7 @@
 use std::{
     collections::VecDeque,
     num::NonZero,
+    path::Path,
     sync::{
         Condvar, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicBool, AtomicU64, Ordering::Relaxed},
@@ -13,8 +14,10 @@ use std::{
     time::Duration,
 };
 
+use nix::sys::statvfs::statvfs;
+
 use super::stream::cancelled;
-use crate::error::{Error, Result};
+use crate::error::{Error, Kind, Result};
 
 /// How often progress is told and cancellation looked for.
 const TICK: Duration = Duration::from_millis(50);
@@ -180,6 +183,19 @@ impl<T> Queue<T> {
 /// How many threads hash.
 pub(super) fn workers() -> usize {
     thread::available_parallelism().map_or(2, NonZero::get).clamp(2, MAX_WORKERS)
+}
+
+/// If `error` is that of a full disk, says what is free where `dir` is and what is needed.
+pub(super) fn tell_of_full_disk(error: Error, dir: &Path, need: &str) -> Error {
+    if error.kind() != Kind::NoSpace {
+        return error;
+    }
+    let free =
+        statvfs(dir).map_or(0, |stat| stat.blocks_available().saturating_mul(stat.fragment_size()));
+    error.within(format!(
+        "the disk is full ({free} bytes free; {need}): free space, or choose another disk \
+         with --disk"
+    ))
 }
 
 /// A lock whose holders leave the value sound even if they panic.

@@ -72,7 +72,7 @@ impl Qcow2 {
         self.header.size
     }
 
-    /// The next range at or after `offset` that isn't known to be zeros.
+    /// See [`Content::next_data`](super::content::Content::next_data).
     pub(super) fn next_data(
         &self,
         offset: u64,
@@ -95,6 +95,7 @@ impl Qcow2 {
                 }
                 at = run.end;
             }
+            return Ok(Some(table_end..table_end));
         }
         Ok(None)
     }

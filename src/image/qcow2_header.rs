@@ -43,7 +43,8 @@ impl Header {
     /// The largest L1 table that QEMU accepts, in bytes.
     pub(super) const MAX_L1_BYTES: u64 = 32 << 20;
 
-    /// Reads the header of `file`, which is `length` bytes long, and refuses what can't be served.
+    /// Reads the header of `file`, of which `length` bytes are there (its first megabyte will do),
+    /// and refuses what can't be served.
     pub(super) fn read(file: &File, length: u64, name: &str) -> Result<Header> {
         let refuse =
             |kind, why: String| Err(Error::new(kind, format!("the qcow2 image {name} {why}")));

@@ -11,7 +11,7 @@ use std::{
     path::PathBuf,
 };
 
-use nix::fcntl::{FcntlArg, OFlag, fcntl};
+use nix::fcntl::OFlag;
 
 use super::{fetch, stream::Incoming};
 use crate::error::{Context, Error, Kind, Result};
@@ -71,27 +71,40 @@ impl Source {
         }
     }
 
-    /// How the source is called in errors and records: a path, a URL without secrets, or a name.
+    /// How the source is called in errors and records: a path, a URL without secrets, or a name;
+    /// on one line, whatever is in it.
     pub fn name(&self) -> String {
-        match self {
+        let name = match self {
             Source::Path(path) => path.display().to_string(),
             Source::Stdin => "standard input".into(),
             Source::Url(url) => fetch::redacted(url),
             Source::File { name, .. } | Source::Stream { name, .. } => name.clone(),
-        }
+        };
+        let escaped =
+            |c: char| if c.is_control() { c.escape_default().collect() } else { c.into() };
+        name.chars().map(escaped).collect::<Vec<String>>().concat()
     }
 
     pub(super) fn open(self) -> Result<Opened> {
         let name = self.name();
         match self {
             Source::Path(path) => {
-                // A pipe without a writer, or a device, must not block the open.
+                let opened_name = name.clone();
+                let opening = move || format!("opening {name}");
+                if std::fs::metadata(&path).context(&opening)?.file_type().is_fifo() {
+                    // Opening waits for a writer: that is the reading thread's to do.
+                    return Ok(Opened::Stream(Box::new(move || {
+                        let reader = Box::new(File::open(&path).context(opening)?);
+                        Ok(Incoming { reader, length: None })
+                    })));
+                }
+                // Some devices block when they are opened.
                 let file = OpenOptions::new()
                     .read(true)
                     .custom_flags((OFlag::O_NONBLOCK | OFlag::O_NOCTTY).bits())
                     .open(&path)
-                    .context(|| format!("opening {name}"))?;
-                opened(file, &name)
+                    .context(&opening)?;
+                opened(file, &opened_name)
             }
             Source::Stdin => {
                 let stdin = std::io::stdin().as_fd().try_clone_to_owned();
@@ -121,9 +134,6 @@ fn opened(mut file: File, name: &str) -> Result<Opened> {
         return Ok(Opened::File { file, size });
     }
     if kind.is_fifo() || kind.is_socket() {
-        let flags = fcntl(&file, FcntlArg::F_GETFL).context(|| format!("examining {name}"))?;
-        let blocking = OFlag::from_bits_retain(flags) - OFlag::O_NONBLOCK;
-        fcntl(&file, FcntlArg::F_SETFL(blocking)).context(|| format!("examining {name}"))?;
         let incoming = Incoming { reader: Box::new(file), length: None };
         return Ok(Opened::Stream(Box::new(|| Ok(incoming))));
     }
@@ -151,6 +161,7 @@ mod tests {
         assert_eq!(Source::parse("ftp://host/x").unwrap_err().kind(), Kind::Unsupported);
         assert_eq!(Source::parse("").unwrap_err().kind(), Kind::Invalid);
         assert_eq!(Source::Url("http://u:pw@h/x?sig=1".into()).name(), "http://h/x");
+        assert_eq!(Source::Path("/a\nb\u{1b}[2J é".into()).name(), "/a\\nb\\u{1b}[2J é");
     }
 
     #[test]

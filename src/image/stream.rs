@@ -18,8 +18,11 @@ use std::{
 
 use sha2::{Digest as _, Sha256};
 
-use super::{checksum::Digest, pipeline::locked};
-use crate::error::{Error, Kind, Result};
+use super::pipeline::locked;
+use crate::{
+    catalog::Digest,
+    error::{Error, Kind, Result},
+};
 
 /// Bytes asked of a source at a time.
 const READ: usize = 256 << 10;

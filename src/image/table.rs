@@ -20,9 +20,10 @@ use std::{
 
 use super::{
     MAX_IMAGE,
-    checksum::{ChunkSum, Digest, ImageHasher, is_zero},
+    checksum::{ChunkSum, ImageHasher, is_zero},
 };
 use crate::{
+    catalog::Digest,
     error::{Context, Error, Kind, Result},
     io::holes,
     units::{BLOCK, CHUNK, Chunk, SECTOR, chunks},

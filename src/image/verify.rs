@@ -23,11 +23,12 @@ use std::{
 use nix::fcntl::OFlag;
 
 use super::{
-    ChunkTable, Digest,
+    ChunkTable,
     checksum::ChunkSum,
     pipeline::{Control, Phase, Progress, Queue, locked, workers},
 };
 use crate::{
+    catalog::Digest,
     error::{Context, Result},
     io::holes,
     units::{BLOCK, CHUNK, Chunk},

@@ -108,29 +108,32 @@ impl Vmdk {
         self.header.size
     }
 
-    /// The next range at or after `offset` that isn't known to be zeros.
+    /// See [`Content::next_data`](super::content::Content::next_data).
     pub(super) fn next_data(
         &self,
         offset: u64,
         scratch: &mut Scratch,
     ) -> Result<Option<Range<u64>>> {
-        let grain = self.header.grain;
-        let mut at = offset;
-        while at < self.header.size {
-            if self.directory[(at / self.table_span()) as usize] == 0 {
-                at = (at / self.table_span() + 1) * self.table_span();
-                continue;
-            }
-            let mut end = at;
-            while end < self.header.size && self.grain_at(end, scratch)?.is_some() {
-                end = (end / grain + 1) * grain;
-            }
-            if end > at {
-                return Ok(Some(at..end.min(self.header.size)));
-            }
-            at = (at / grain + 1) * grain;
+        let (grain, span, size) = (self.header.grain, self.table_span(), self.header.size);
+        let Some(skipped) = self
+            .directory
+            .iter()
+            .skip((offset / span) as usize)
+            .position(|table| *table != 0)
+            .filter(|_| offset < size)
+        else {
+            return Ok(None);
+        };
+        let mut start = offset.max((offset / span + skipped as u64) * span);
+        let stop = ((start / span + 1) * span).min(size);
+        while start < stop && self.grain_at(start, scratch)?.is_none() {
+            start = (start / grain + 1) * grain;
         }
-        Ok(None)
+        let mut end = start;
+        while end < stop && self.grain_at(end, scratch)?.is_some() {
+            end = (end / grain + 1) * grain;
+        }
+        Ok(Some(start.min(stop)..end.min(stop)))
     }
 
     /// Fills `buf` with the content from `offset`, all of it within the image.
@@ -218,6 +221,7 @@ impl Vmdk {
                     return Err(self.unsupported("stands on a parent image, which is not followed"));
                 }
                 ("createType", kind) if !matches!(kind, "monolithicSparse" | "streamOptimized") => {
+                    let kind: String = kind.chars().take(40).collect();
                     return Err(self.unsupported(&format!("is of type {kind:?}")));
                 }
                 _ if ["RW ", "RDONLY ", "NOACCESS "]

@@ -146,6 +146,11 @@ impl Sim {
         file.read(0, file.len() as usize)
     }
 
+    /// Puts durable bytes into a file at rest, as damage does.
+    pub fn poke(&self, file: SimFile, offset: u64, bytes: &[u8]) {
+        self.0.borrow_mut().files[file.0].poke(offset, bytes);
+    }
+
     /// A node of its own whose files are as these are now. Nothing may be in flight.
     pub fn fork(&self, seed: u64) -> Sim {
         let world = self.0.borrow();

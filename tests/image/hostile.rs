@@ -298,3 +298,38 @@ fn table_at(bytes: &[u8], at: usize) -> usize {
     let entry = u64::from_be_bytes(bytes[at..at + 8].try_into().unwrap());
     (entry & 0x00ff_ffff_ffff_fe00) as usize
 }
+
+#[test]
+fn a_hostile_table_can_be_given_up() {
+    use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
+    // 32 MiB of L1 entries, all of the same L2 table, all of whose clusters are zeros by flag: two
+    // thousand million of them to look at. Giving up must not wait for them.
+    const CLUSTER: usize = 4096;
+    let tables = 4 << 20;
+    let mut bytes = handmade()[..112].to_vec();
+    bytes.resize(CLUSTER + 8 * tables + CLUSTER, 0);
+    let l2 = CLUSTER + 8 * tables;
+    put(&mut bytes, 20, &12_u32.to_be_bytes());
+    put(&mut bytes, 24, &((tables * 512 * CLUSTER) as u64).to_be_bytes());
+    put(&mut bytes, 36, &(tables as u32).to_be_bytes());
+    put(&mut bytes, 40, &(CLUSTER as u64).to_be_bytes());
+    for i in 0..tables {
+        put(&mut bytes, CLUSTER + 8 * i, &(l2 as u64).to_be_bytes());
+    }
+    for i in 0..512 {
+        put(&mut bytes, l2 + 8 * i, &1_u64.to_be_bytes());
+    }
+    let dir = TempDir::new().unwrap();
+    let path = file_with(&dir, "slow.qcow2", &bytes);
+    let cancel = AtomicBool::new(false);
+    let started = Instant::now();
+    let result = std::thread::scope(|scope| {
+        scope.spawn(|| {
+            std::thread::sleep(Duration::from_millis(500));
+            cancel.store(true, Relaxed);
+        });
+        import_with(Source::Path(path), Format::Qcow2, None, &cancel)
+    });
+    assert_eq!(result.err().unwrap().kind(), Kind::Cancelled);
+    assert!(started.elapsed() < Duration::from_secs(5), "{:?}", started.elapsed());
+}

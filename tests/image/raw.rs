@@ -3,6 +3,7 @@
 use std::{
     fs::File,
     os::unix::fs::FileExt,
+    process::Command,
     sync::{
         Mutex,
         atomic::{AtomicBool, Ordering::Relaxed},
@@ -245,5 +246,59 @@ fn speed() {
             underlay::image::verify(&data, &table, "data", &|_| {}, &cancel).unwrap().is_sound()
         );
         rate("verify", started.elapsed());
+    }
+}
+
+/// A disk of 8 MiB without root: a tmpfs in a mount namespace of its own, in which this program runs
+/// again, with [`inside_a_full_disk`] alone.
+#[test]
+fn a_full_disk_is_told_with_what_is_needed() {
+    let dir = TempDir::new().unwrap();
+    let script = "mount -t tmpfs -o size=8m none \"$SMALL_DISK\" || exit 77
+                  exec \"$0\" --ignored --exact raw::inside_a_full_disk --nocapture";
+    let output = Command::new("unshare")
+        .args(["--user", "--map-root-user", "--mount", "sh", "-c", script])
+        .arg(std::env::current_exe().unwrap())
+        .env("SMALL_DISK", dir.path())
+        .output();
+    match output {
+        Ok(output) if output.status.success() => {
+            let text = String::from_utf8_lossy(&output.stdout);
+            assert!(text.contains("1 passed"), "{text}");
+        }
+        Ok(output) if matches!(output.status.code(), Some(101)) => {
+            panic!("{}", String::from_utf8_lossy(&output.stdout))
+        }
+        other => eprintln!("SKIPPED a_full_disk_is_told: no mount namespace to be had ({other:?})"),
+    }
+}
+
+#[test]
+#[ignore = "runs by a_full_disk_is_told_with_what_is_needed"]
+fn inside_a_full_disk() {
+    let Some(disk) = std::env::var_os("SMALL_DISK") else { return };
+    let dir = TempDir::new().unwrap();
+    let mut expected = content(70, 32 << 20);
+    fastrand::Rng::with_seed(70).fill(&mut expected[..16 << 20]);
+    let path = file_with(&dir, "large", &expected);
+    let packed = file_with(&dir, "large.gz", &crate::streams::gzip(&expected));
+    let qcow2 = crate::hostile::handmade().into_iter().chain(expected).collect::<Vec<u8>>();
+    let qcow2 = file_with(&dir, "large.qcow2.gz", &crate::streams::gzip(&qcow2));
+    for (source, need) in
+        [(path, "more are needed"), (packed, "more are to come"), (qcow2, "whole source")]
+    {
+        let stage = TempDir::new_in(&disk).unwrap();
+        let request = ImportRequest {
+            name: "x".into(),
+            source: Source::Path(source),
+            format: Format::Auto,
+            sha256: None,
+        };
+        let error = import(request, stage.path(), &|_| {}, &AtomicBool::new(false)).unwrap_err();
+        println!("{error}");
+        assert_eq!(error.kind(), Kind::NoSpace, "{error}");
+        let text = error.to_string();
+        let place = stage.path().to_str().unwrap();
+        assert!(text.contains(place) && text.contains(need), "{text}");
     }
 }

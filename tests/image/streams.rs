@@ -75,6 +75,21 @@ fn a_pipe_is_read_as_it_comes() {
 }
 
 #[test]
+fn a_named_pipe_waits_for_its_writer() {
+    let dir = TempDir::new().unwrap();
+    let path = dir.path().join("pipe");
+    nix::unistd::mkfifo(&path, nix::sys::stat::Mode::S_IRWXU).unwrap();
+    let expected = content(19, 1 << 20);
+    let (sent, to) = (expected.clone(), path.clone());
+    let feeding = thread::spawn(move || {
+        thread::sleep(Duration::from_millis(200));
+        std::fs::write(to, sent).unwrap();
+    });
+    import_file(&path).unwrap().check(&expected);
+    feeding.join().unwrap();
+}
+
+#[test]
 fn compression_is_taken_off_files_and_streams() {
     let dir = TempDir::new().unwrap();
     let expected = content(10, (3 << 20) + 512);
@@ -229,6 +244,18 @@ fn a_silent_source_does_not_hold_up_a_cancellation() {
     assert_eq!(error.kind(), Kind::Cancelled, "{error}");
     assert!(started.elapsed() < Duration::from_secs(2));
     drop(writer);
+}
+
+#[test]
+fn a_qcow2_stream_that_is_refused_is_not_stored_first() {
+    let mut head = crate::hostile::handmade();
+    head[72 + 7] |= 1 << 2;
+    // What follows would never end.
+    let endless = Cursor::new(head).chain(io::repeat(7));
+    let source = Source::Stream { name: "endless".into(), reader: Box::new(endless), length: None };
+    let error = import_auto(source).err().unwrap();
+    assert_eq!(error.kind(), Kind::Unsupported);
+    assert!(error.to_string().contains("another file"), "{error}");
 }
 
 #[test]

@@ -11,9 +11,11 @@ use std::{
 
 use sha2::{Digest as _, Sha256};
 use tempfile::TempDir;
+pub use underlay::image::sha256;
 use underlay::{
     Result,
-    image::{ChunkTable, Digest, Format, ImportRequest, Imported, Source, import, verify},
+    catalog::Digest,
+    image::{ChunkTable, Format, ImportRequest, Imported, Source, import, verify},
 };
 
 pub const BLOCK: usize = 4096;
@@ -138,10 +140,6 @@ pub fn reference_digest(content: &[u8]) -> Digest {
     let mut hasher = Sha256::new_with_prefix((content.len() as u64).to_le_bytes());
     content.chunks(CHUNK).for_each(|chunk| hasher.update(Sha256::digest(chunk)));
     Digest(hasher.finalize().into())
-}
-
-pub fn sha256(bytes: &[u8]) -> Digest {
-    Digest(Sha256::digest(bytes).into())
 }
 
 /// Writes `bytes` into a file of `dir`.

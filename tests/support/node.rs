@@ -1,6 +1,6 @@
 //! A daemon of the binary under test, in a directory of its own, and the command line against it.
 
-#![allow(dead_code)]
+#![allow(dead_code, clippy::unwrap_used, reason = "every test file uses a part of it")]
 
 use std::{
     fs,

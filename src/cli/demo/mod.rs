@@ -210,8 +210,9 @@ impl Stage {
     }
 
     async fn stop(self) -> Result<()> {
-        self.server.stop(STOP).await;
-        match self.service.stop(STOP).await.into_iter().next() {
+        self.service.cancel_jobs();
+        tokio::join!(self.server.stop(STOP), self.service.dismiss_clients(STOP));
+        match self.service.close(STOP).await.into_iter().next() {
             Some(error) => Err(error),
             None => Ok(()),
         }

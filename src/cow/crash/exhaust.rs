@@ -1,5 +1,7 @@
 //! All short sequences of operations, crashed at every step.
 
+use std::ops::Range;
+
 use super::{
     Outcome, Violation,
     guest::{Action, Guests},
@@ -60,7 +62,7 @@ fn prepared(outcome: &mut Outcome) -> Result<Node, Violation> {
         image: 3 * BLOCK + 100,
         records: 2,
         align: (512, 4096),
-        areas: vec![0..SIZE + 10 * SECTOR],
+        areas: Vec::from_iter([Range { start: 0, end: SIZE + 10 * SECTOR }]),
     });
     let script = [ALPHABET[0], Action::Zero(BLOCK, BLOCK, Provision::Release), Action::Flush];
     play(&mut node, &script, None, outcome)

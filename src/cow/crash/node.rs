@@ -124,7 +124,7 @@ impl Node {
             }
             _ => {
                 let size = rng.u64(1..=40 * 8) * SECTOR;
-                (size, vec![0..size + 8 * BLOCK])
+                (size, Vec::from_iter([Range { start: 0, end: size + 8 * BLOCK }]))
             }
         };
         let aligns = [1, 512, 4096];

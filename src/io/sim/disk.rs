@@ -180,6 +180,18 @@ impl File {
         self.unsynced.insert(number);
     }
 
+    /// Replaces durable bytes; nothing may be unsynced there.
+    pub(super) fn poke(&mut self, offset: u64, bytes: &[u8]) {
+        let range = offset..offset + bytes.len() as u64;
+        for number in sectors(&range) {
+            let start = number * SECTOR;
+            let (from, to) = (range.start.max(start), range.end.min(start + SECTOR));
+            let piece = &bytes[(from - offset) as usize..(to - offset) as usize];
+            let sector = self.sectors.entry(number).or_default();
+            sector.durable = content_of(piece, &sector.durable, (from - start) as usize);
+        }
+    }
+
     pub(super) fn set_len(&mut self, len: u64, at: u64) {
         if len < self.len() {
             let cut: Vec<u64> =
