@@ -39,7 +39,11 @@ const OWN: u64 = 2 << 20;
 const WRITTEN: u64 = SHARED + WRITERS * OWN;
 const SECTOR: u64 = 512;
 /// How long a server may serve before it is killed, in milliseconds.
-const LIFE: std::ops::Range<u64> = 100..900;
+const LIFE: std::ops::Range<u64> = 200..1000;
+/// How long it may take until all are at work, or fio has seen that its server is gone.
+const START: Duration = Duration::from_secs(60);
+/// What fio says when it is.
+const CONNECTED: &str = "connected to NBD server";
 
 /// Runs the rig.
 pub fn run(lab: &Lab, against: Against, seed: u64, report: &mut Report) {
@@ -92,6 +96,7 @@ fn job(lab: &Lab, against: Against, seed: u64, report: &mut Report) -> Result<()
             if let Some(at) = pattern::differ(&all[rest..], &base[rest..]) {
                 bail!("byte {} was never written, but changed", rest + at);
             }
+            ensure!(total.fio > 0, "fio never got an fsync through");
             Ok(format!("in all {total}"))
         },
     );
@@ -136,9 +141,9 @@ fn once(
     let dead = AtomicBool::new(false);
     let shared = Mutex::new(Ledger { model, figures: Figures::default(), clock: 0 });
     let log = dir.join(format!("fio-{round}"));
-    let fio = fio(&subject.uri("replica/fio"), &log, round);
-    let fio = thread::scope(|scope| -> Result<Result<crate::tool::Outcome>> {
-        let fio = scope.spawn(|| fio.outcome());
+    let said = dir.join(format!("fio-{round}.log"));
+    let mut fio = fio(&subject.uri("replica/fio"), &log, round).background(&said)?;
+    thread::scope(|scope| -> Result<()> {
         let writers: Vec<_> = (0..WRITERS)
             .map(|id| {
                 let client = Client::open(&socket, "replica/own");
@@ -147,22 +152,27 @@ fn once(
                 scope.spawn(move || Writer { id, rng, shared, dead }.write(client?))
             })
             .collect();
-        thread::sleep(Duration::from_millis(300 + rng.u64(LIFE)));
+        // The server's life is counted from when all of them are at work.
+        fio.until(START, || {
+            let shared = shared.lock().unwrap_or_else(PoisonError::into_inner);
+            shared.figures.flushes > 0
+                && fs::read_to_string(&said).is_ok_and(|said| said.contains(CONNECTED))
+        })?;
+        thread::sleep(Duration::from_millis(rng.u64(LIFE)));
         dead.store(true, Ordering::SeqCst);
         subject.kill()?;
         for writer in writers {
             writer.join().map_err(|_| anyhow!("a writer panicked"))??;
         }
-        fio.join().map_err(|_| anyhow!("fio's thread panicked"))
+        Ok(())
     })?;
+    // It ends by itself: its connection is gone.
+    fio.wait(START)?;
     let mut figures = shared.into_inner().unwrap_or_else(PoisonError::into_inner).figures;
     subject.restart()?;
     subject.healthy()?;
     model.check(&mut Client::open(&subject.socket("replica/own"), "replica/own")?)?;
-    let outcome = fio?;
-    let said = outcome.said();
-    figures.fio = fsynced(subject, &log, round).with_context(|| said)?;
-    ensure!(figures.flushes > 0 && figures.fio > 0, "killed before anything was flushed");
+    figures.fio = fsynced(subject, &log, round).with_context(|| fio.said())?;
     Ok(figures)
 }
 

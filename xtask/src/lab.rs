@@ -222,12 +222,6 @@ impl LoopDisk {
         Ok((all.blocks() - all.blocks_free()) * all.fragment_size())
     }
 
-    /// Bytes that its file system has left.
-    pub fn free(&self) -> Result<u64> {
-        let all = nix::sys::statvfs::statvfs(&self.path).context("statvfs")?;
-        Ok(all.blocks_available() * all.fragment_size())
-    }
-
     fn detach(&self) -> Result<()> {
         if mounts_beneath(&self.path)?.is_empty() {
             return self.release();

@@ -37,8 +37,11 @@ pub enum Profile {
 }
 
 impl Profile {
-    /// The daemon's program file in this profile.
+    /// The daemon's program file in this profile; `UNDERLAY_PROGRAM` names one built elsewhere.
     pub fn underlay(self) -> PathBuf {
+        if let Some(program) = env::var_os("UNDERLAY_PROGRAM") {
+            return PathBuf::from(program);
+        }
         match self {
             Profile::Debug => target().join("debug/underlay"),
             Profile::Release => target().join("release/underlay"),

@@ -26,6 +26,10 @@ impl Report {
         match outcome {
             Ok(figures) if figures.is_empty() => say(&format!("ok    {name} ({seconds:.1} s)")),
             Ok(figures) => say(&format!("ok    {name}: {figures} ({seconds:.1} s)")),
+            Err(error) if error.is::<Unfit>() => {
+                self.skip(name, &error.to_string());
+                return false;
+            }
             Err(error) => {
                 say(&format!("FAIL  {name} ({seconds:.1} s): {error:#}"));
                 self.failed.push(format!("{name}: {error:#}"));
@@ -72,6 +76,18 @@ impl Report {
         Ok(())
     }
 }
+
+/// The error of a check that finds that this machine can't tell: it counts as skipped.
+#[derive(Debug)]
+pub struct Unfit(pub String);
+
+impl std::fmt::Display for Unfit {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl std::error::Error for Unfit {}
 
 /// Prints a line at once, also into a pipe. A reader that went away is no failure of a check.
 pub fn say(line: &str) {

@@ -6,6 +6,7 @@
 //! - writes that can't be kept fail with an error code; the daemon stays.
 
 use std::fs::{self, File};
+use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -31,7 +32,7 @@ const PIECE: usize = 64 << 10;
 
 /// Runs the rig.
 pub fn run(lab: &Lab, report: &mut Report) {
-    let ready = loop_disks().and_then(|()| setup::need(&["mkfs.ext4", "e2fsck", "fallocate"]));
+    let ready = loop_disks().and_then(|()| setup::need(&["mkfs.ext4", "e2fsck"]));
     if let Err(error) = ready {
         return report.skip("sick disks", &format!("{error:#}"));
     }
@@ -191,11 +192,7 @@ fn full(lab: &Lab) -> Result<String> {
     let sick = LoopDisk::new(&dir, "sick", SMALL, Fs::Ext4)?;
     let mut node = Node::new(lab, dir, "full", &sick.path)?;
     let filler = sick.path.join("filler");
-    let fill = |leave: u64| -> Result<()> {
-        let size = sick.free()?.saturating_sub(leave).to_string();
-        tool("fallocate", ["-l", &size]).args([&filler]).run()
-    };
-    fill(4 << 20)?;
+    fill(&filler, 4 << 20)?;
     let mut client = node.open("near")?;
     let (mut taken, mut refused) = (Vec::new(), 0);
     for piece in 10..200 {
@@ -234,14 +231,25 @@ fn full(lab: &Lab) -> Result<String> {
         node.holds("near", 6, *piece)?;
     }
     // Not a byte left: a new replica is refused, and nothing of it stays.
-    File::create(&filler)?;
-    fill(0)?;
+    fill(&filler, 0)?;
     node.daemon.refused(&["replica", "create", "x", "--image=base", "--disk=sick"], &["sick"])?;
     node.daemon.refused(&["replica", "inspect", "x"], &["x"])?;
     fs::remove_file(&filler)?;
     node.daemon.ok(&["fsck"])?;
     node.daemon.stop()?;
     Ok(format!("{} pieces taken, {refused} refused, flush {flushed}", taken.len()))
+}
+
+/// Fills the file's disk but for `leave` bytes.
+fn fill(file: &Path, leave: u64) -> Result<()> {
+    let mut filler = File::create(file)?;
+    // Ever smaller pieces, and to the disk each time: what is promised must have its place.
+    for piece in [1 << 20, 64 << 10, 4096] {
+        while filler.write_all(&vec![1; piece]).and_then(|()| filler.sync_data()).is_ok() {}
+    }
+    let size = filler.metadata()?.len();
+    filler.set_len(size.saturating_sub(leave))?;
+    Ok(filler.sync_all()?)
 }
 
 /// A disk on nbdkit through FUSE and a loop device: killing nbdfuse pulls it for real.
