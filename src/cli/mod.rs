@@ -234,7 +234,8 @@ mod tests {
             "disk list",
             "disk inspect a --json",
             "disk remove a",
-            "image import x.qcow2 --name i --disk a --format qcow2 --sha256 00",
+            "image import x.qcow2 --name i --disk a --format qcow2 --sha256 \
+             e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855",
             "image import - --name i",
             "image list",
             "image inspect i",
@@ -251,7 +252,7 @@ mod tests {
             "demo",
             "demo image.qcow2 --keep",
         ] {
-            let parsed = Cli::try_parse_from(format!("underlay {line}").split(' '));
+            let parsed = Cli::try_parse_from(format!("underlay {line}").split_whitespace());
             assert!(parsed.is_ok(), "{line}: {parsed:?}");
         }
         for line in [

@@ -238,8 +238,8 @@ mod tests {
         let text = table.text("no disks");
         assert_eq!(
             text,
-            "NAME                   SIZE\n\
-             a                     1 GiB\n\
+            "NAME                 SIZE\n\
+             a                   1 GiB\n\
              longer\\u{1b}[31m\\n   12 B\n"
         );
         assert_eq!(

@@ -29,18 +29,21 @@ pub fn parse(text: &str) -> Result<u64> {
         "p" | "pib" => 50,
         _ => return Err(wrong()),
     };
-    let (whole, fraction) = number.split_once('.').unwrap_or((number, ""));
-    let number_is_whole = !number.contains('.');
-    if whole.is_empty() || (!number_is_whole && (fraction.is_empty() || shift == 0)) {
-        return Err(wrong());
-    }
+    let (whole, fraction) = match number.split_once('.') {
+        // Half a byte is none.
+        Some((_, fraction)) if fraction.is_empty() || fraction.contains('.') || shift == 0 => {
+            return Err(wrong());
+        }
+        Some(parts) => parts,
+        None => (number, ""),
+    };
     // A fraction is taken to nine digits: enough to tell bytes apart in a GiB.
-    let scale = 10u128.pow(9);
-    let mut parts = fraction.bytes().filter(u8::is_ascii_digit).map(|b| u128::from(b - b'0'));
-    let fraction: u128 = (0..9).fold(0, |sum, _| sum * 10 + parts.next().unwrap_or(0));
-    let whole: u128 = whole.parse::<u64>().map_err(|_| wrong())?.into();
-    let bytes = ((whole * scale + fraction) << shift) / scale;
-    u64::try_from(bytes).map_err(|_| wrong())
+    let mut digits = fraction.bytes().map(|digit| u128::from(digit - b'0'));
+    let billionths = (0..9).fold(0, |sum, _| sum * 10 + digits.next().unwrap_or(0));
+    let part = (billionths << shift) / 1_000_000_000;
+    let whole = whole.parse::<u64>().ok().and_then(|whole| whole.checked_mul(1 << shift));
+    let part = u64::try_from(part).ok();
+    whole.zip(part).and_then(|(whole, part)| whole.checked_add(part)).ok_or_else(wrong)
 }
 
 /// `bytes` in the largest binary unit that keeps at least one digit before the point.
@@ -80,13 +83,26 @@ mod tests {
             ("1.5t", 3 << 39),
             ("0.5k", 512),
             ("7b", 7),
+            ("16383.5P", u64::MAX - (1 << 49) + 1),
             ("18446744073709551615", u64::MAX),
         ] {
             assert_eq!(parse(text).unwrap(), bytes, "{text}");
         }
-        for text in
-            ["", "G", "-1", "1e9", "10GG", "1.", ".5G", "1.5", "1.2.3G", "99999999P", "10 bananas"]
-        {
+        for text in [
+            "",
+            "G",
+            "-1",
+            "1e9",
+            "10GG",
+            "1.",
+            ".5G",
+            "1.5",
+            "1.2.3G",
+            "16384P",
+            "99999999P",
+            "18446744073709551615P",
+            "10 bananas",
+        ] {
             assert_eq!(parse(text).unwrap_err().kind(), Kind::Invalid, "{text}");
         }
         let long = parse(&"9".repeat(4000)).unwrap_err().to_string();

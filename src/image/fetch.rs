@@ -3,13 +3,22 @@
 //! Redirects, waits and headers are bounded. The bytes are taken as they are sent: nothing is
 //! unpacked on the way, because `--sha256` is of the file as it was published. An https URL is
 //! never redirected to http.
+//!
+//! A download that breaks off is taken up where it ended, as long as the server can say that the
+//! file is still the same one (a strong ETag or a Last-Modified, and `If-Range`). Otherwise its end
+//! is the import's: two halves of different files make no image.
 
-use std::{path::PathBuf, time::Duration};
+use std::{
+    io::{self, Read},
+    path::PathBuf,
+    thread,
+    time::Duration,
+};
 
 use ureq::{
-    Agent,
+    Agent, Body, BodyReader,
     config::AutoHeaderValue,
-    http::{StatusCode, header},
+    http::{HeaderMap, Response, StatusCode, header},
     tls::{Certificate, PemItem, RootCerts, TlsConfig},
 };
 
@@ -22,6 +31,14 @@ const RESPONSE_TIMEOUT: Duration = Duration::from_secs(60);
 /// A download that sends nothing for so long has failed.
 const STALL_TIMEOUT: Duration = Duration::from_secs(60);
 const MAX_HEADERS: usize = 64 << 10;
+/// Waits before a broken download is asked for again; afresh after each byte that came.
+const RETRIES: [Duration; 5] = [
+    Duration::from_millis(100),
+    Duration::from_secs(1),
+    Duration::from_secs(2),
+    Duration::from_secs(5),
+    Duration::from_secs(10),
+];
 
 /// Opens `url` for reading; `name` stands for it in errors (see [`redacted`]).
 pub(super) fn open(url: &str, name: &str) -> Result<Incoming> {
@@ -39,7 +56,8 @@ pub(super) fn open(url: &str, name: &str) -> Result<Incoming> {
         .max_response_header_size(MAX_HEADERS)
         .tls_config(TlsConfig::builder().root_certs(trusted_roots()?).build())
         .build();
-    let response = Agent::new_with_config(config).get(url).call().map_err(|error| {
+    let agent = Agent::new_with_config(config);
+    let response = agent.get(url).call().map_err(|error| {
         let (kind, remedy) = match &error {
             ureq::Error::BadUri(_) | ureq::Error::Http(_) => (Kind::Invalid, "check the URL"),
             ureq::Error::HostNotFound => (Kind::NotFound, "check the URL's host name"),
@@ -63,16 +81,98 @@ pub(super) fn open(url: &str, name: &str) -> Result<Incoming> {
             format!("fetching {name}: the server answers {status}; check the URL"),
         ));
     }
-    if let Some(encoding) = response.headers().get(header::CONTENT_ENCODING)
-        && encoding != "identity"
-    {
-        // Servers that mark a .gz file so send the file itself, which is what is wanted.
-        tracing::debug!(?encoding, url = name, "content encoding is left to the importer");
+    let length = response.body().content_length();
+    let validator = validator(response.headers());
+    let body = reader(response);
+    let download = Download { agent, url: url.to_owned(), body, at: 0, length, validator };
+    Ok(Incoming { reader: Box::new(download), length })
+}
+
+/// A download under way.
+struct Download {
+    agent: Agent,
+    url: String,
+    body: BodyReader<'static>,
+    /// Bytes that were read.
+    at: u64,
+    length: Option<u64>,
+    /// What names this very file, if the server has a name for it.
+    validator: Option<String>,
+}
+
+/// What a server answers to the question for the rest of a file.
+enum Rest {
+    Here(BodyReader<'static>),
+    /// The server was not reached, or could not serve: it may yet.
+    NotNow,
+    /// It is another file by now, or the server serves no parts.
+    Never,
+}
+
+impl Download {
+    fn rest(&self) -> Rest {
+        let Some(validator) = &self.validator else { return Rest::Never };
+        let request = self
+            .agent
+            .get(&self.url)
+            .header(header::RANGE, format!("bytes={}-", self.at))
+            .header(header::IF_RANGE, validator);
+        let response = match request.call() {
+            Ok(response) if response.status().is_server_error() => return Rest::NotNow,
+            Ok(response) => response,
+            Err(_) => return Rest::NotNow,
+        };
+        let range = response.headers().get(header::CONTENT_RANGE);
+        let fits = range
+            .and_then(|range| range.to_str().ok())
+            .is_some_and(|range| range.starts_with(&format!("bytes {}-", self.at)));
+        match response.status() {
+            StatusCode::PARTIAL_CONTENT if fits => Rest::Here(reader(response)),
+            _ => Rest::Never,
+        }
     }
-    let body = response.into_body();
-    let length = body.content_length();
-    let reader = body.into_with_config().limit(u64::MAX).reader();
-    Ok(Incoming { reader: Box::new(reader), length })
+}
+
+impl Read for Download {
+    fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
+        let mut waits = RETRIES.iter();
+        loop {
+            let outcome = self.body.read(buf);
+            match outcome {
+                Ok(count) if count > 0 || self.length.is_none_or(|length| self.at >= length) => {
+                    self.at += count as u64;
+                    return Ok(count);
+                }
+                _ if buf.is_empty() => return Ok(0),
+                _ => {}
+            }
+            // It broke off. What can't be taken up ends as it did.
+            loop {
+                let Some(wait) = waits.next() else { return outcome };
+                thread::sleep(*wait);
+                match self.rest() {
+                    Rest::Here(body) => {
+                        tracing::info!(at = self.at, "a download broke off and is taken up again");
+                        self.body = body;
+                        break;
+                    }
+                    Rest::NotNow => {}
+                    Rest::Never => return outcome,
+                }
+            }
+        }
+    }
+}
+
+/// The body as it comes, however long.
+fn reader(response: Response<Body>) -> BodyReader<'static> {
+    response.into_body().into_with_config().limit(u64::MAX).reader()
+}
+
+/// What `If-Range` may name: a strong ETag, or the time of the last change.
+fn validator(headers: &HeaderMap) -> Option<String> {
+    let text = |name| headers.get(name).and_then(|value| value.to_str().ok()).map(str::to_owned);
+    text(header::ETAG).filter(|tag| !tag.starts_with("W/")).or_else(|| text(header::LAST_MODIFIED))
 }
 
 /// The certificates that this host trusts; those built in where it has none of its own.
