@@ -4,8 +4,8 @@
 //! client.rs ──HTTP──> server.rs ──> routes.rs ──> service.rs ──> exports.rs (devices that are open)
 //!                     connections   paths         the node       │
 //!                                    │            │              └─> catalog, cow, blockdev::nbd
-//!                                    └─> job.rs   └─> metrics.rs
-//!                                        long work
+//!                                    └─> job.rs   ├─> work.rs (imports, verifications)
+//!                                      long work  └─> metrics.rs
 //! api.rs, event.rs    what goes over the wire, on both sides
 //! config.rs, paths.rs, socket.rs      how and where it runs
 //! ```
@@ -29,5 +29,6 @@ mod job;
 mod metrics;
 mod routes;
 mod upload;
+mod work;
 
 pub use routes::document;

@@ -17,28 +17,26 @@ use uuid::Uuid;
 use crate::{
     blockdev::nbd,
     catalog::{
-        self, DiskOptions, DiskStatus, FsckReport, ImageMeta, ImageStatus, Name, NewReplica, Node,
-        Placement, Repair, ReplicaStatus, StagedCopy,
+        self, DiskOptions, DiskStatus, FsckReport, ImageStatus, Name, NewReplica, Node, Placement,
+        Repair, ReplicaStatus,
     },
     control::{
         api::*,
         config::Config,
-        event::Progress,
         exports::{Caches, Exports, IMAGE, REPLICA},
-        job::{Job, Jobs},
+        job::Jobs,
         metrics::Metrics,
         socket::Socket,
+        work::{Import, Verify},
     },
     cow::Overlay,
     error::{Context, Error, Kind, Result},
-    image::{self, ChunkTable, Format, ImportRequest, Source},
+    image::Format,
     io::{Ring, Rings},
 };
 
 /// I/O threads when the configuration leaves it open, at most.
 const THREADS: usize = 8;
-/// Damaged chunks that a verification names.
-const BAD_TOLD: usize = 1000;
 
 /// A node's service.
 pub struct Service {
@@ -198,7 +196,7 @@ impl Service {
         Ok(self.image_view(blocking(move || node.image(&name)).await?))
     }
 
-    fn image_view(&self, status: ImageStatus) -> ImageView {
+    pub(super) fn image_view(&self, status: ImageStatus) -> ImageView {
         let clients = |name: &Name| self.server.clients(&format!("{IMAGE}{name}"));
         ImageView { clients: status.names.iter().flat_map(clients).collect(), status }
     }
@@ -381,84 +379,6 @@ impl Service {
             overlays.insert(id, replica.overlay().stats());
         });
         self.metrics.text(&status, &overlays, self.server.connections(), self.server.served())
-    }
-}
-
-/// An import that can begin.
-pub struct Import {
-    service: Arc<Service>,
-    name: Name,
-    format: Format,
-    sha256: Option<catalog::Digest>,
-    staged: StagedCopy,
-}
-
-impl Import {
-    /// Reads `source` to its end and publishes what it holds. Blocks.
-    pub fn import(self, source: Source, job: &Job) -> Result<ImageView> {
-        let started = Instant::now();
-        let request = ImportRequest {
-            name: self.name.to_string(),
-            source,
-            format: self.format,
-            sha256: self.sha256,
-        };
-        let report = |progress| job.report(Progress::from(progress));
-        let imported = image::import(request, self.staged.path(), &report, job.cancel())?;
-        let status = self.staged.publish(ImageMeta {
-            name: self.name.clone(),
-            digest: catalog::Digest(imported.digest.0),
-            size: imported.size,
-            source: imported.source,
-            source_sha256: imported.source_sha256.map(|digest| catalog::Digest(digest.0)),
-        })?;
-        tracing::info!(
-            image = %self.name, digest = %status.digest, ms = started.elapsed().as_millis(),
-            "image imported"
-        );
-        Ok(self.service.image_view(status))
-    }
-}
-
-/// A verification that can begin.
-pub struct Verify {
-    name: Name,
-    copy: catalog::OpenCopy,
-}
-
-impl Verify {
-    /// Reads the image to its end. Blocks.
-    pub fn run(self, job: &Job) -> Result<Verification> {
-        let what = format!("image {}", self.name);
-        let table = ChunkTable::load(&self.copy.chunks, &format!("the chunk table of {what}"))?;
-        let report = |progress| job.report(Progress::from(progress));
-        let found = image::verify(&self.copy.data, &table, &what, &report, job.cancel())?;
-        Ok(Verification {
-            image: self.name.into(),
-            digest: self.copy.digest.to_string(),
-            sound: found.is_sound(),
-            bytes: found.bytes,
-            chunks: found.chunks,
-            bad: found.bad.len() as u64,
-            bad_chunks: found.bad.into_iter().take(BAD_TOLD).collect(),
-        })
-    }
-}
-
-impl From<image::Progress> for Progress {
-    fn from(progress: image::Progress) -> Progress {
-        let phase = match progress.phase {
-            image::Phase::Receiving => "receiving",
-            image::Phase::Importing => "importing",
-            image::Phase::Syncing => "syncing",
-            image::Phase::Verifying => "verifying",
-        };
-        Progress {
-            phase: phase.to_owned(),
-            done_bytes: progress.done_bytes,
-            total_bytes: progress.total_bytes,
-            source_bytes: progress.source_bytes,
-        }
     }
 }
 

@@ -5,18 +5,18 @@
 
 mod disk_image;
 mod nbd;
+mod stage;
 
 use std::{
     fs,
-    os::unix::fs::DirBuilderExt,
     path::{Path, PathBuf},
-    time::{Duration, Instant},
+    time::Instant,
 };
 
 use clap::Args;
 use disk_image::Content;
-use nbd::Connection;
 use serde::Serialize;
+use stage::{Place, Stage};
 
 use super::{
     Outcome, Setting,
@@ -30,12 +30,7 @@ use crate::{
             AddDisk, CreateReplica, FileSource, ImageView, ImportImage, ImportSource, ReplicaView,
             Status, Verification,
         },
-        client::Client,
-        config::Config,
-        paths::Paths,
-        server::Server,
-        service::Service,
-        socket::{self, Socket},
+        socket,
     },
     error::{Context, Error, Kind, Result},
 };
@@ -48,8 +43,6 @@ const STEP: usize = 4 << 20;
 /// blocks, parts of blocks, and across the borders of chunks.
 const WRITES: [(u64, usize); 6] =
     [(0, 512), (100, 4096), (250, 100_000), (333, 3), (500, 1 << 20), (875, 4095)];
-/// How long the service may take to stop.
-const STOP: Duration = Duration::from_secs(20);
 
 /// See the main job at once: three disks, an image, a replica on each disk, written over NBD.
 ///
@@ -140,86 +133,6 @@ impl Told {
             Format::Human => out::print(&format!("{}\n", out::plain(text))),
             Format::Json => Ok(()),
         }
-    }
-}
-
-/// The demonstration's directory; it goes with this, unless it is to be kept.
-struct Place {
-    path: PathBuf,
-    keep: bool,
-}
-
-impl Place {
-    fn new(keep: bool) -> Result<Place> {
-        let parent = std::env::temp_dir();
-        let name = format!("underlay-demo-{}", uuid::Uuid::new_v4().simple());
-        // Short: sockets live in it, whose paths are limited.
-        let path = parent.join(&name[..22]);
-        fs::DirBuilder::new()
-            .mode(0o700)
-            .create(&path)
-            .context(|| format!("making {} (TMPDIR chooses another place)", path.display()))?;
-        Ok(Place { path, keep })
-    }
-
-    fn join(&self, below: &str) -> PathBuf {
-        self.path.join(below)
-    }
-}
-
-impl Drop for Place {
-    fn drop(&mut self) {
-        if !self.keep
-            && let Err(error) = fs::remove_dir_all(&self.path)
-        {
-            tracing::warn!(%error, path = %self.path.display(), "the demo's directory stays");
-        }
-    }
-}
-
-/// A service that runs in the demonstration's directory.
-struct Stage {
-    place: Place,
-    client: Client,
-    nbd_socket: PathBuf,
-    service: std::sync::Arc<Service>,
-    server: Server,
-    _sockets: (Socket, Socket),
-}
-
-impl Stage {
-    async fn start(place: Place) -> Result<Stage> {
-        let paths = Paths {
-            state: place.join("state"),
-            socket: place.join("underlay.sock"),
-            nbd_socket: place.join("nbd.sock"),
-            config: place.join("underlay.toml"),
-        };
-        let control = Socket::bind(&paths.socket, None)?;
-        let nbd = Socket::bind(&paths.nbd_socket, None)?;
-        let service = Service::start(&Config::at(&paths), &nbd).await?;
-        let server = Server::start(control.listener()?, service.clone())?;
-        Ok(Stage {
-            place,
-            client: Client::new(&paths.socket),
-            nbd_socket: paths.nbd_socket,
-            service,
-            server,
-            _sockets: (control, nbd),
-        })
-    }
-
-    async fn stop(self) -> Result<()> {
-        self.service.cancel_jobs();
-        tokio::join!(self.server.stop(STOP), self.service.dismiss_clients(STOP));
-        match self.service.close(STOP).await.into_iter().next() {
-            Some(error) => Err(error),
-            None => Ok(()),
-        }
-    }
-
-    async fn attach(&self, export: &str) -> Result<Connection> {
-        Connection::open(&self.nbd_socket, export).await
     }
 }
 
