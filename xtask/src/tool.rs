@@ -351,7 +351,8 @@ pub fn end_recorded() -> Result<()> {
             let _ = killpg(Pid::from_raw(id), Signal::SIGKILL);
             thread::sleep(Duration::from_millis(200));
         }
-        fs::remove_file(&file).with_context(|| format!("removing {}", file.display()))?;
+        // Not there any more: its guard went at the same time.
+        let _ = fs::remove_file(&file);
     }
     Ok(())
 }

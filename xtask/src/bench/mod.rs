@@ -30,6 +30,9 @@ const HOT: u64 = 128 << 20;
 /// How long a server may take to come up.
 const START: Duration = Duration::from_secs(20);
 
+/// How long the page cache may take to be written out.
+const SYNC: Duration = Duration::from_secs(300);
+
 /// What the caller may choose.
 #[derive(clap::Args)]
 pub struct Options {
@@ -224,7 +227,7 @@ impl Stage<'_> {
             if writes.peek().is_none() {
                 continue;
             }
-            let overlay = self.overlay(lane)?;
+            let overlay = self.overlay(lane, round)?;
             let mut filled = false;
             for (number, load) in writes {
                 if load.kind == Kind::Over && !filled {
@@ -234,9 +237,10 @@ impl Stage<'_> {
                 note(*number, lane, overlay.measure(load, options, round)?);
             }
             drop(overlay);
-            self.remove_overlay(lane)?;
             // What the page cache still holds must not be written under the next lane's figures.
-            tool("sync", [&self.dir]).run()?;
+            // The overlay stays until the end: where the file system is mounted with `discard`,
+            // removing it would hold up every sync for seconds.
+            tool("sync", ["-f".as_ref(), self.dir.as_os_str()]).limit(SYNC).run()?;
         }
         Ok(())
     }
@@ -252,31 +256,26 @@ impl Stage<'_> {
     }
 
     /// A fresh overlay; where there is none to be had, a fresh sparse file.
-    fn overlay(&self, (way, who): Lane) -> Result<Target> {
-        let file = self.dir.join("overlay");
+    fn overlay(&self, (way, who): Lane, round: u32) -> Result<Target> {
+        let name = format!("round-{round}");
+        let file = self.dir.join(format!("{name}-{way:?}-{who:?}"));
         match who {
             Who::Raw | Who::Nbdkit => File::create(&file)?.set_len(SIZE)?,
             Who::QemuNbd => tool("qemu-img", ["create", "-q", "-f", "qcow2", "-F", "raw", "-b"])
                 .args([&self.base, &file])
                 .run()?,
             Who::Underlay => {
-                let create = ["replica", "create", "fresh", "--image", "base", "--disk", "disk"];
+                let create = ["replica", "create", &name, "--image", "base", "--disk", "disk"];
                 self.daemon(way).ok(&create)?;
             }
         }
         match who {
             Who::Raw => Ok(Target::file(&file, way)),
-            Who::Underlay => Ok(Target::uri(self.daemon(way).uri("replica/fresh"), None)),
+            Who::Underlay => {
+                Ok(Target::uri(self.daemon(way).uri(&format!("replica/{name}")), None))
+            }
             Who::QemuNbd => self.qemu_nbd(way, &["--discard=unmap", "-f", "qcow2"], &file),
             Who::Nbdkit => self.nbdkit(&[], &file),
-        }
-    }
-
-    fn remove_overlay(&self, (way, who): Lane) -> Result<()> {
-        if who == Who::Underlay {
-            self.daemon(way).ok(&["replica", "rm", "fresh"]).map(drop)
-        } else {
-            fs::remove_file(self.dir.join("overlay")).context("removing the overlay")
         }
     }
 
