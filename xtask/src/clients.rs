@@ -337,7 +337,8 @@ fn fio(dir: &Path, uri: &str) -> Result<String> {
         .args(["--verify_fatal=1", "--verify_backlog=512", "--fsync=64", "--randseed=9"])
         .args(["--output-format=json", "--blockalign=512"])
         .args([format!("--uri={uri}"), format!("--output={}", output.display())]);
-    load.limit(Duration::from_secs(300)).run()?;
+    // It leaves files of its own where it runs.
+    load.within(dir).limit(Duration::from_secs(300)).run()?;
     let said = fs::read_to_string(&output)?;
     let report = json(&said[said.find('{').context("fio printed no JSON")?..])?;
     let job = &report["jobs"][0];

@@ -142,7 +142,8 @@ fn once(
     let shared = Mutex::new(Ledger { model, figures: Figures::default(), clock: 0 });
     let log = dir.join(format!("fio-{round}"));
     let said = dir.join(format!("fio-{round}.log"));
-    let mut fio = fio(&subject.uri("replica/fio"), &log, round).background(&said)?;
+    let fio = fio(&subject.uri("replica/fio"), &log, round);
+    let mut fio = fio.within(dir).background(&said)?;
     thread::scope(|scope| -> Result<()> {
         let writers: Vec<_> = (0..WRITERS)
             .map(|id| {
