@@ -150,6 +150,10 @@ impl<D: Device<Ring>> Session<D> {
                 return Ok(());
             }
             self.admit(&request, &mut input).await?;
+            if self.phase.get() == Phase::Broken {
+                // Nobody is there to be answered: what was sent ahead is not served.
+                return Ok(());
+            }
         }
     }
 
