@@ -6,7 +6,7 @@
 //! `UNDERLAY_CRASH_SEEDS=N` runs as many seeds as asked, `UNDERLAY_CRASH_SEED=N` replays one; with
 //! `RUST_LOG=underlay=trace` and `--nocapture` it tells what happens.
 
-use underlay::cow::crash::{Mutant, Options, exhaust, run, run_seeds};
+use underlay::cow::crash::{Mutant, Options, Outcome, exhaust, run, run_seeds};
 
 /// Seeds of a usual test run: each goes through eight crashes.
 const SEEDS: u64 = 13_000;
@@ -28,7 +28,13 @@ fn no_seed_finds_a_violation() {
         None => 0..number("UNDERLAY_CRASH_SEEDS").unwrap_or(SEEDS),
     };
     let count = seeds.end - seeds.start;
-    match run_seeds(seeds, &options, |_| ()) {
+    // Long runs tell how far they are.
+    let tell = |sum: &Outcome| {
+        if sum.runs.is_multiple_of(10_000) {
+            println!("{} of {count} seeds, {} crashes", sum.runs, sum.crashes());
+        }
+    };
+    match run_seeds(seeds, &options, tell) {
         Ok(outcome) => {
             println!("{outcome}");
             assert_eq!(outcome.crashes(), count * u64::from(options.crashes));
