@@ -1,9 +1,10 @@
 //! Proof by simulation: the overlay that serves guests, on a disk that crashes.
 //!
 //! [`run`] takes a seed to a course of events: several guests at once write, zero, discard, flush
-//! and grow one replica on a [`Sim`]; the power is cut or the process killed at some step, during
-//! recovery and the first checkpoint too; the replica is opened again, and every sector must hold
-//! something that the [`model`] allows. Then it goes on, through the next crash.
+//! and grow one replica on a simulated disk ([`crate::io::sim`]); the power is cut or the process
+//! killed at some step, during recovery and the first checkpoint too; the replica is opened again,
+//! and every sector must hold something that the model allows. Then it goes on, through the next
+//! crash.
 //!
 //! [`exhaust`] leaves nothing to chance instead: all short sequences of operations, cut at every
 //! step, in several ways.
