@@ -67,9 +67,9 @@ impl Kind {
     pub const fn nbd(self) -> u32 {
         match self {
             Kind::ReadOnly | Kind::Permission => 1,
-            Kind::Invalid | Kind::OutOfRange => 22,
+            // ENOTSUP is kept for fast zeroing, which is not offered.
+            Kind::Invalid | Kind::OutOfRange | Kind::Unsupported => 22,
             Kind::NoSpace => 28,
-            Kind::Unsupported => 95,
             Kind::Unavailable => 108,
             _ => 5,
         }

@@ -6,43 +6,13 @@
 //! `UNDERLAY_CRASH_SEEDS=N` runs as many seeds as asked, `UNDERLAY_CRASH_SEED=N` replays one; with
 //! `RUST_LOG=underlay=trace` and `--nocapture` it tells what happens.
 
-use std::{
-    sync::atomic::{AtomicU64, Ordering},
-    thread,
-};
-
-use underlay::cow::crash::{Mutant, Options, Outcome, Violation, exhaust, run};
+use underlay::cow::crash::{Mutant, Options, Outcome, exhaust, run, run_seeds};
 
 /// Seeds of a usual test run: each goes through eight crashes.
 const SEEDS: u64 = 13_000;
 
 fn number(variable: &str) -> Option<u64> {
     std::env::var(variable).ok()?.parse().ok()
-}
-
-/// Runs the seeds on all processors.
-fn run_seeds(seeds: std::ops::Range<u64>, options: &Options) -> Result<Outcome, Violation> {
-    let next = AtomicU64::new(seeds.start);
-    let worker = || {
-        let mut sum = Outcome::default();
-        loop {
-            let seed = next.fetch_add(1, Ordering::Relaxed);
-            if seed >= seeds.end {
-                return Ok(sum);
-            }
-            // One violation is enough: nobody begins another seed.
-            sum += run(seed, options).inspect_err(|_| next.store(seeds.end, Ordering::Relaxed))?;
-        }
-    };
-    thread::scope(|scope| {
-        let count = thread::available_parallelism().map_or(1, usize::from);
-        let workers: Vec<_> = (0..count).map(|_| scope.spawn(worker)).collect();
-        let mut sum = Outcome::default();
-        for worker in workers {
-            sum += worker.join().expect("no panic in the overlay")?;
-        }
-        Ok(sum)
-    })
 }
 
 #[test]
@@ -58,7 +28,13 @@ fn no_seed_finds_a_violation() {
         None => 0..number("UNDERLAY_CRASH_SEEDS").unwrap_or(SEEDS),
     };
     let count = seeds.end - seeds.start;
-    match run_seeds(seeds, &options) {
+    // Long runs tell how far they are.
+    let tell = |sum: &Outcome| {
+        if sum.runs.is_multiple_of(10_000) {
+            println!("{} of {count} seeds, {} crashes", sum.runs, sum.crashes());
+        }
+    };
+    match run_seeds(seeds, &options, tell) {
         Ok(outcome) => {
             println!("{outcome}");
             assert_eq!(outcome.crashes(), count * u64::from(options.crashes));

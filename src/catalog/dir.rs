@@ -46,7 +46,7 @@ pub(crate) const SEALED_MODE: u32 = 0o400;
 pub(crate) const TEMP_PREFIX: &str = ".tmp-";
 
 /// How deep [`Dir::remove_tree`] goes: the catalogue's own trees are three deep.
-const DEPTH_MAX: usize = 8;
+pub(crate) const DEPTH_MAX: usize = 8;
 
 /// A directory held open. Its path serves messages only.
 #[derive(Debug)]
@@ -132,8 +132,23 @@ impl Dir {
         }
     }
 
-    /// The names in this directory, at most `limit` of them, in no order.
+    /// The names in this directory, in no order; more than `limit` of them are an error.
     pub(crate) fn entries(&self, limit: usize) -> Result<Vec<Entry>> {
+        let entries = self.first(limit.saturating_add(1))?;
+        if entries.len() > limit {
+            return Err(Error::new(
+                Kind::Unsupported,
+                format!(
+                    "{} holds more than {limit} entries: move what isn't underlay's away",
+                    self.path.display()
+                ),
+            ));
+        }
+        Ok(entries)
+    }
+
+    /// Some `count` of the names in this directory, or all.
+    fn first(&self, count: usize) -> Result<Vec<Entry>> {
         let what = || format!("listing {}", self.path.display());
         let flags = OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
         let mut dir = nix::dir::Dir::openat(&self.fd, ".", flags, Mode::empty()).context(what)?;
@@ -143,15 +158,6 @@ impl Dir {
             let name = OsStr::from_bytes(entry.file_name().to_bytes());
             if name == "." || name == ".." {
                 continue;
-            }
-            if entries.len() == limit {
-                return Err(Error::new(
-                    Kind::Unsupported,
-                    format!(
-                        "{} holds more than {limit} entries: move what isn't underlay's away",
-                        self.path.display()
-                    ),
-                ));
             }
             let kind = match entry.file_type() {
                 Some(Type::File) => EntryKind::File,
@@ -163,6 +169,9 @@ impl Dir {
                 },
             };
             entries.push(Entry { name: name.to_owned(), kind });
+            if entries.len() == count {
+                break;
+            }
         }
         Ok(entries)
     }
@@ -246,7 +255,7 @@ impl Dir {
         file.set_len(len).context(|| format!("growing {} to {len} bytes", path.display()))
     }
 
-    /// Puts `bytes` in the place of a file's content, durably and whole, whether it was there or not.
+    /// Puts `bytes` in the place of a file's content, durably and whole; or makes the file.
     pub(crate) fn replace(&self, name: impl AsRef<OsStr>, bytes: &[u8]) -> Result<()> {
         let name = name.as_ref();
         let temp = self.write_temp(name, bytes)?;
@@ -358,32 +367,14 @@ impl Dir {
         }
         // In batches, so that memory is bounded whatever is in there.
         loop {
-            let entries = dir.first_entries(1024)?;
+            let entries = dir.first(1024)?;
             if entries.is_empty() {
                 return self.remove_dir(name);
             }
             for entry in entries {
-                dir.remove_below(&entry, depth - 1)?;
+                dir.remove_below(&entry.name, depth - 1)?;
             }
         }
-    }
-
-    fn first_entries(&self, count: usize) -> Result<Vec<OsString>> {
-        let what = || format!("listing {}", self.path.display());
-        let flags = OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
-        let mut dir = nix::dir::Dir::openat(&self.fd, ".", flags, Mode::empty()).context(what)?;
-        let mut names = Vec::new();
-        for entry in dir.iter() {
-            let entry = entry.context(what)?;
-            let name = OsStr::from_bytes(entry.file_name().to_bytes());
-            if name != "." && name != ".." {
-                names.push(name.to_owned());
-            }
-            if names.len() == count {
-                break;
-            }
-        }
-        Ok(names)
     }
 }
 
@@ -456,82 +447,4 @@ fn not_a(wanted: &str, path: &Path) -> Error {
             path.display()
         ),
     )
-}
-
-#[cfg(test)]
-mod tests {
-    use std::os::unix::fs::symlink;
-
-    use super::*;
-
-    fn temp() -> (tempfile::TempDir, Dir) {
-        let temp = tempfile::tempdir().unwrap();
-        let dir = Dir::open_root(temp.path(), Steps::default()).unwrap();
-        (temp, dir)
-    }
-
-    #[test]
-    fn links_pipes_and_paths_are_refused() {
-        let (temp, dir) = temp();
-        symlink("/etc/passwd", temp.path().join("file")).unwrap();
-        symlink("/etc", temp.path().join("dir")).unwrap();
-        unistd::mkfifo(&temp.path().join("pipe"), Mode::from_bits_truncate(0o600)).unwrap();
-        for name in ["file", "pipe", "dir"] {
-            let error = dir.read(name, 10_000).unwrap_err();
-            assert_eq!(error.kind(), Kind::Corrupt, "{error}");
-            let error = dir.file(name, OFlag::O_RDWR).unwrap_err();
-            assert_eq!(error.kind(), Kind::Corrupt, "{error}");
-            assert_eq!(dir.open(name).unwrap_err().kind(), Kind::Corrupt);
-        }
-        for name in ["..", ".", "", "a/b", "/etc"] {
-            assert_eq!(dir.open(name).unwrap_err().kind(), Kind::Invalid);
-            assert_eq!(dir.read(name, 1).unwrap_err().kind(), Kind::Invalid);
-            assert_eq!(dir.rename("file", name).unwrap_err().kind(), Kind::Invalid);
-        }
-        assert_eq!(dir.open("absent").unwrap_err().kind(), Kind::NotFound);
-        assert!(dir.set_mode("file", 0o777).is_err());
-    }
-
-    #[test]
-    fn removal_takes_links_not_their_targets() {
-        let (temp, dir) = temp();
-        let outside = tempfile::tempdir().unwrap();
-        std::fs::write(outside.path().join("precious"), "x").unwrap();
-        let tree = dir.create("tree").unwrap();
-        tree.create("sub").unwrap().write_new("f", b"1").unwrap();
-        symlink(outside.path(), temp.path().join("tree/sub/link")).unwrap();
-        dir.remove_tree("tree").unwrap();
-        assert!(dir.stat("tree").unwrap().is_none());
-        assert!(outside.path().join("precious").exists());
-        dir.remove_tree("tree").unwrap();
-    }
-
-    #[test]
-    fn bounds_hold() {
-        let (_temp, dir) = temp();
-        dir.write_sparse("huge", 10 << 30).unwrap();
-        assert_eq!(dir.read("huge", 1000).unwrap_err().kind(), Kind::Corrupt);
-        dir.replace("ten", b"0123456789").unwrap();
-        assert_eq!(dir.read("ten", 10).unwrap(), b"0123456789");
-        assert!(dir.read("ten", 9).is_err());
-        assert_eq!(dir.entries(2).unwrap().len(), 2);
-        assert_eq!(dir.entries(1).unwrap_err().kind(), Kind::Unsupported);
-        let mut deep = dir.create("deep").unwrap();
-        for _ in 0..DEPTH_MAX {
-            deep = deep.create("d").unwrap();
-        }
-        assert_eq!(dir.remove_tree("deep").unwrap_err().kind(), Kind::Unsupported);
-    }
-
-    #[test]
-    fn files_open_blocking_and_private() {
-        let (_temp, dir) = temp();
-        dir.replace("f", b"1").unwrap();
-        let file = dir.file("f", OFlag::O_RDWR).unwrap();
-        let flags = fcntl::fcntl(&file, FcntlArg::F_GETFL).unwrap();
-        assert_eq!(flags & libc::O_NONBLOCK, 0);
-        assert_eq!(dir.stat("f").unwrap().unwrap().st_mode & 0o777, FILE_MODE);
-        dir.create("d").unwrap();
-        assert_eq!(dir.stat("d").unwrap().unwrap().st_mode & 0o777, DIR_MODE);
-    }
 }

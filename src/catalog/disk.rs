@@ -233,11 +233,15 @@ pub(crate) fn lock(dir: &Dir) -> Result<Option<File>> {
         Err(TryLockError::WouldBlock) => {
             let who = dir.read(LOCK, 64).ok().and_then(|bytes| String::from_utf8(bytes).ok());
             let who = who.and_then(|pid| pid.trim().parse::<u32>().ok());
-            let who = who.map_or(String::new(), |pid| format!(" (process {pid})"));
-            return Err(Error::new(
-                Kind::Locked,
-                format!("{} is used by another underlay{who}: stop it first", dir.path().display()),
-            ));
+            let who = match who {
+                Some(pid) if pid == std::process::id() => {
+                    "used by this underlay already, perhaps by another path to it".to_owned()
+                }
+                Some(pid) => format!("used by another underlay (process {pid}): stop it first"),
+                None => "used by another underlay: stop it first".to_owned(),
+            };
+            let what = format!("{} is {who}", dir.path().display());
+            return Err(Error::new(Kind::Locked, what));
         }
         Err(TryLockError::Error(source)) => {
             return Err(Error::io(format!("locking {}", path.display()), source));

@@ -139,18 +139,15 @@ impl Node {
     fn remove_copy(&self, disk: &Disk, digest: Digest) -> Result<()> {
         let doomed = format!("{DELETING}{}", Uuid::new_v4());
         self.0.view().live.insert(doomed.clone().into());
-        let removed = disk
-            .images
-            .rename(digest.to_string(), &doomed)
-            .and_then(|()| {
-                let mut view = self.0.view();
-                if let Some(image) = view.images.get_mut(&digest) {
-                    image.copies.retain(|copy| copy.disk != disk.id);
-                }
-                view.images.retain(|_, image| !image.copies.is_empty());
-                view.index();
-                Ok(())
-            })
+        let renamed = disk.images.rename(digest.to_string(), &doomed).map(|()| {
+            let mut view = self.0.view();
+            if let Some(image) = view.images.get_mut(&digest) {
+                image.copies.retain(|copy| copy.disk != disk.id);
+            }
+            view.images.retain(|_, image| !image.copies.is_empty());
+            view.index();
+        });
+        let removed = renamed
             .and_then(|()| disk.images.sync())
             .and_then(|()| disk.images.remove_tree(&doomed));
         self.0.view().live.remove(std::ffi::OsStr::new(&doomed));
@@ -224,7 +221,8 @@ fn in_use(name: &Name, users: &[ImageUser]) -> Error {
                 format!("replica {} on disk {}, which isn't there", user.name, user.disk)
             }
             UserState::Leaked => format!(
-                "a reference to replica {}, which isn't there (`underlay fsck --repair` removes it)",
+                "a reference to replica {}, which isn't there (`underlay fsck --repair` removes \
+                 it)",
                 user.name
             ),
         })

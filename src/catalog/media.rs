@@ -143,7 +143,7 @@ fn unescape(field: &[u8]) -> PathBuf {
     while let [first, tail @ ..] = rest {
         let code = match rest {
             [b'\\', a @ b'0'..=b'3', b @ b'0'..=b'7', c @ b'0'..=b'7', ..] => {
-                Some((a - b'0') << 6 | (b - b'0') << 3 | (c - b'0'))
+                Some(((a - b'0') << 6) | ((b - b'0') << 3) | (c - b'0'))
             }
             _ => None,
         };

@@ -1,7 +1,8 @@
 //! The catalogue: what is on the disks of a node, and every change to it.
 //!
 //! ```text
-//! node.rs      Node: opening a node, its disks, who is at work on what
+//! node.rs      Node: opening a node, who is at work on what
+//! disks.rs     its disks: adding, changing and forgetting them
 //! stage.rs     a copy that is being made, and its publication
 //! image.rs     images: looking them up, opening and removing them
 //! replica.rs   replicas: making, opening and removing them
@@ -20,8 +21,8 @@
 //!   change to them is durable.
 //! - **A reference is durable before its replica is visible, and is removed after the replica is
 //!   durably gone.** A crash at any point can leak a reference, never lose one.
-//! - **Nothing half-made is visible**: copies and replicas are built under a staging name and appear
-//!   by one rename.
+//! - **Nothing half-made is visible**: copies and replicas are built under a staging name and
+//!   appear by one rename.
 //! - What belongs to a disk that isn't there is never touched.
 //! - No content passes through here: images are written by `image`, overlays by `cow`.
 //!
@@ -30,6 +31,7 @@
 mod claims;
 mod dir;
 mod disk;
+mod disks;
 mod fsck;
 mod image;
 mod media;
@@ -48,11 +50,12 @@ mod view;
 mod tests;
 
 pub use disk::HOME;
+pub use disks::{DiskOptions, Forgotten, Placement};
 pub use fsck::Repair;
 pub use image::{OpenCopy, Unnamed};
 pub use media::Tier;
 pub use name::{Digest, NAME_MAX, Name};
-pub use node::{DiskOptions, Forgotten, Node, Placement};
+pub use node::Node;
 pub use replica::{NewReplica, OpenReplica, REPLICA_MAX, Removed};
 pub use scan::RESUME_JSON;
 pub use stage::{ImageMeta, StagedCopy};

@@ -19,7 +19,7 @@ const QUOTE_MAX: usize = 40;
 /// A name: a letter or digit, then letters, digits, `.`, `_` and `-`; at most [`NAME_MAX`] bytes.
 ///
 /// Case matters. A name may look like an id or a digest where one is looked up by it; nothing new
-/// gets such a name ([`Name::for_new`]).
+/// gets such a name.
 #[derive(
     Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize, utoipa::ToSchema,
 )]
@@ -118,7 +118,7 @@ impl fmt::Display for Name {
     Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize, utoipa::ToSchema,
 )]
 #[serde(try_from = "String", into = "String")]
-#[schema(value_type = String, example = "9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08")]
+#[schema(value_type = String, pattern = "^[0-9a-f]{64}$")]
 pub struct Digest(pub [u8; 32]);
 
 impl FromStr for Digest {
@@ -139,7 +139,7 @@ impl FromStr for Digest {
             let (Some(high), Some(low)) = (nibble(pair[0]), nibble(pair[1])) else {
                 return Err(bad());
             };
-            *byte = high << 4 | low;
+            *byte = (high << 4) | low;
         }
         Ok(Digest(bytes))
     }

@@ -1,9 +1,9 @@
 //! Replicas: making, opening, growing and removing them.
 //!
 //! Invariants:
-//! - Making one: the reference is durable before the replica appears, whole, by one rename. Removing
-//!   one: the replica is durably out of sight before the reference goes. A crash in between leaves a
-//!   reference too many, never one too few.
+//! - Making one: the reference is durable before the replica appears, whole, by one rename.
+//!   Removing one: the replica is durably out of sight before the reference goes. A crash in between
+//!   leaves a reference too many, never one too few.
 //! - The cost of making one depends on neither size: `data` is a hole and `map` is given by the
 //!   caller.
 //! - What a replica holds is the overlay's: here only its files' names and their record are known.
@@ -153,11 +153,11 @@ impl Node {
             let undone = replicas.remove_tree(&staging);
             let undone = undone.and_then(|()| drop_reference(copy, digest, record.id));
             if let Err(left) = undone {
-                tracing::warn!(%left, "the rest of a replica that could not be made stays until fsck");
+                tracing::warn!(%left, "the rest of a replica stays until fsck");
             }
             return Err(error);
         }
-        // From here on it is there, even should the sync fail: then it is known, and the error told.
+        // From here on it is there. Should the sync fail, it is known and the error is told.
         {
             let mut view = self.0.view();
             if let Some(copy) = view.copies_mut(digest).find(|found| found.disk == copy.id) {
@@ -295,7 +295,7 @@ fn drop_reference(disk: &Disk, digest: Digest, id: Uuid) -> Result<()> {
 }
 
 /// Makes the reference durable, and builds the replica's directory under its staging name, durable
-/// too. The syncs of both go together: what counts is that both are done before the replica appears.
+/// too. The syncs of both go together: what counts is that both are done when the replica appears.
 fn build(
     replicas: &Dir,
     staging: &OsString,

@@ -23,8 +23,8 @@ use super::{
     disk::{CHUNKS, DATA, Disk, IMAGE_JSON, REFS},
     name::{Digest, Name},
     node::{Claimed, Inner, Node},
-    record::{self, FORMAT, ImageRecord, NAMES_MAX, RECORD_MAX, clip_source},
-    scan::{self, STAGING},
+    record::{self, FORMAT, ImageRecord, NAMES_MAX, RECORD_MAX, RefRecord, clip_source},
+    scan::{self, STAGING, ref_file},
     status::ImageStatus,
     view::{Copy, Slot, View},
 };
@@ -174,25 +174,11 @@ impl StagedCopy {
 
     /// Takes its place among the images of its disk.
     fn appear(&self, meta: &ImageMeta) -> Result<()> {
-        let record = ImageRecord {
-            format: FORMAT,
-            names: vec![meta.name.clone()],
-            digest: meta.digest,
-            size: meta.size,
-            source: clip_source(&meta.source),
-            source_sha256: meta.source_sha256,
-            created: record::now(),
-        };
         let images = &self.disk.images;
         let place = meta.digest.to_string();
-        let replaced = match images.stat(&place)? {
-            None => None,
-            Some(_) => Some(images.open(&place)?),
-        };
-        let record = match &replaced {
-            Some(damaged) => self.adopt(damaged, record)?,
-            None => record,
-        };
+        let replaced = images.stat(&place)?.map(|_| images.open(&place)).transpose()?;
+        let (record, refs) = self.inherit(meta);
+        self.adopt(replaced.as_ref(), &refs)?;
         // Written by `replace`, whose last step makes all names in here durable.
         record::write(&self.dir, IMAGE_JSON, &record)?;
         match replaced {
@@ -200,7 +186,7 @@ impl StagedCopy {
             Some(_) => images.exchange(&self.name, &place)?,
             None => images.rename(&self.name, &place)?,
         }
-        // From here on it is there, even should the sync fail: then it is known, and the error told.
+        // From here on it is there. Should the sync fail, it is known and the error is told.
         let found = scan::copy(&self.disk, meta.digest)?.ok_or_else(|| {
             Error::new(Kind::Corrupt, "its copy can't be read right after it was written")
         })?;
@@ -212,30 +198,51 @@ impl StagedCopy {
         images.sync()
     }
 
-    /// Takes over the references of the damaged copy, and its names.
-    fn adopt(&self, damaged: &Dir, mut record: ImageRecord) -> Result<ImageRecord> {
-        if let Ok(old) = record::read::<ImageRecord>(damaged, IMAGE_JSON)
-            && old.digest == record.digest
-        {
-            let others = old.names.into_iter().filter(|name| !record.names.contains(name));
-            let room = NAMES_MAX - record.names.len();
-            let others: Vec<_> = others.take(room).collect();
-            record.names.extend(others);
-            record.created = old.created;
-        }
-        let old = match damaged.open(REFS) {
-            Err(error) if error.kind() == Kind::NotFound => return Ok(record),
+    /// The record of the new copy and the references to put beside it, after what is known of other
+    /// copies: these are damaged, and with their disks the last trace of both might go.
+    fn inherit(&self, meta: &ImageMeta) -> (ImageRecord, Vec<RefRecord>) {
+        let mut record = ImageRecord {
+            format: FORMAT,
+            names: vec![meta.name.clone()],
+            digest: meta.digest,
+            size: meta.size,
+            source: clip_source(&meta.source),
+            source_sha256: meta.source_sha256,
+            created: record::now(),
+        };
+        let view = self.inner.view();
+        let Some(image) = view.images.get(&meta.digest) else { return (record, Vec::new()) };
+        let others = image.names().into_iter().filter(|name| *name != meta.name);
+        record.names.extend(others.take(NAMES_MAX - 1));
+        let created = image.copies.iter().map(|copy| copy.found.record.created).min();
+        record.created = created.unwrap_or(record.created);
+        let refs = image.refs().into_values().filter(|reference| !reference.damaged);
+        (record, refs.map(|reference| reference.record.clone()).collect())
+    }
+
+    /// Takes over the references of the damaged copy in this place, as they are, and `known` ones.
+    fn adopt(&self, damaged: Option<&Dir>, known: &[RefRecord]) -> Result<()> {
+        let new = self.dir.open(REFS)?;
+        let old = match damaged.map(|damaged| damaged.open(REFS)).transpose() {
+            Err(error) if error.kind() == Kind::NotFound => None,
             other => other?,
         };
-        let new = self.dir.open(REFS)?;
-        for entry in old.entries(ADOPTED_MAX)? {
-            if entry.kind == EntryKind::File {
-                new.write_new(&entry.name, &old.read(&entry.name, RECORD_MAX)?)?;
-                new.sync_file(&entry.name)?;
+        if let Some(old) = old {
+            for entry in old.entries(ADOPTED_MAX)? {
+                if entry.kind == EntryKind::File {
+                    new.write_new(&entry.name, &old.read(&entry.name, RECORD_MAX)?)?;
+                    new.sync_file(&entry.name)?;
+                }
             }
         }
-        new.sync()?;
-        Ok(record)
+        for reference in known {
+            let file = ref_file(reference.replica);
+            if new.stat(&file)?.is_none() {
+                new.write_new(&file, &record::bytes(reference)?)?;
+                new.sync_file(&file)?;
+            }
+        }
+        new.sync()
     }
 }
 

@@ -1,8 +1,8 @@
 //! The seam at which tests stop the catalogue: every change it makes to a file system passes here
 //! first.
 //!
-//! Invariant: `dir.rs` makes no change that it didn't announce as a [`Step`]. In service the hook is
-//! absent and a step costs one comparison. Tests hand in a hook that fails from the n-th step on
+//! Invariant: `dir.rs` makes no change that it didn't announce as a [`Step`]. In service the hook
+//! is absent and a step costs one comparison. Tests hand in a hook that fails from the n-th step on
 //! (a killed process: what follows, cleaning up included, doesn't happen either), or one that
 //! records the steps to find out what a power cut may leave of them.
 

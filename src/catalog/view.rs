@@ -3,8 +3,9 @@
 //!
 //! Invariants:
 //! - The view does no I/O.
-//! - One name leads to at most one image and one replica. Where two disks that were brought together
-//!   claim the same name, the older object has it and the other is reached by its id or digest.
+//! - One name leads to at most one image and one replica. Where two disks that were brought
+//!   together claim the same name, the older object has it; the other is reached by its id or
+//!   digest.
 //! - An image is used by whatever refers to it *and* by every replica that says it stands on it: a
 //!   lost reference doesn't make a base removable.
 

@@ -26,9 +26,11 @@ use super::{
     map::Map,
 };
 
-/// Pending runs past which a write commits before it goes on: half of what a new map's journal
-/// holds, so that random writes without a flush need a checkpoint every other time only.
-pub const LIMIT: usize = 32 * RUNS_PER_RECORD;
+/// Pending runs past which one of the writers commits, while the others go on: half of what a new
+/// map's journal holds, so that random writes without a flush need a checkpoint every other time.
+pub const SOFT_LIMIT: usize = 32 * RUNS_PER_RECORD;
+/// Pending runs past which nobody changes more before there was a commit.
+pub const LIMIT: usize = 2 * SOFT_LIMIT;
 
 /// The states of an overlay's blocks, and which of them are not durable yet.
 pub struct Changes {

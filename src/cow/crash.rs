@@ -1,9 +1,10 @@
 //! Proof by simulation: the overlay that serves guests, on a disk that crashes.
 //!
 //! [`run`] takes a seed to a course of events: several guests at once write, zero, discard, flush
-//! and grow one replica on a [`Sim`]; the power is cut or the process killed at some step, during
-//! recovery and the first checkpoint too; the replica is opened again, and every sector must hold
-//! something that the [`model`] allows. Then it goes on, through the next crash.
+//! and grow one replica on a simulated disk ([`crate::io::sim`]); the power is cut or the process
+//! killed at some step, during recovery and the first checkpoint too; the replica is opened again,
+//! and every sector must hold something that the model allows. Then it goes on, through the next
+//! crash.
 //!
 //! [`exhaust`] leaves nothing to chance instead: all short sequences of operations, cut at every
 //! step, in several ways.
@@ -15,7 +16,15 @@ mod guest;
 mod model;
 mod node;
 
-use std::{fmt, ops::AddAssign};
+use std::{
+    fmt,
+    ops::{AddAssign, Range},
+    sync::{
+        Mutex, PoisonError,
+        atomic::{AtomicU64, Ordering},
+    },
+    thread,
+};
 
 pub use exhaust::exhaust;
 
@@ -134,6 +143,47 @@ pub fn run(seed: u64, options: &Options) -> Result<Outcome, Violation> {
         })?;
     }
     Ok(outcome)
+}
+
+/// Runs all `seeds` on all processors, and tells `progress` of each that is done. The first violation
+/// found ends it.
+pub fn run_seeds(
+    seeds: Range<u64>,
+    options: &Options,
+    progress: impl Fn(&Outcome) + Sync,
+) -> Result<Outcome, Violation> {
+    let next = AtomicU64::new(seeds.start);
+    let all = Mutex::new(Outcome::default());
+    on_all_processors(|| {
+        let mut sum = Outcome::default();
+        loop {
+            let seed = next.fetch_add(1, Ordering::Relaxed);
+            if seed >= seeds.end {
+                return Ok(sum);
+            }
+            let outcome =
+                run(seed, options).inspect_err(|_| next.store(seeds.end, Ordering::Relaxed))?;
+            sum += outcome;
+            let mut all = all.lock().unwrap_or_else(PoisonError::into_inner);
+            *all += outcome;
+            progress(&all);
+        }
+    })
+}
+
+/// Runs `worker` on a thread for each processor, and adds up what they return.
+fn on_all_processors(
+    worker: impl Fn() -> Result<Outcome, Violation> + Sync,
+) -> Result<Outcome, Violation> {
+    thread::scope(|scope| {
+        let count = thread::available_parallelism().map_or(1, usize::from);
+        let workers: Vec<_> = (0..count).map(|_| scope.spawn(&worker)).collect();
+        let mut sum = Outcome::default();
+        for worker in workers {
+            sum += worker.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))?;
+        }
+        Ok(sum)
+    })
 }
 
 /// Opens the replica, lets guests work on it, crashes, and checks what is left.

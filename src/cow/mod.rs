@@ -12,7 +12,8 @@
 //! ```
 //!
 //! `data` is a sparse file at identity offsets. `map` says of each 4 KiB block whether it is
-//! **base** (read the image), **data** (read `data`) or **zero**; its bytes are in [`format`].
+//! **base** (read the image), **data** (read `data`) or **zero**; its bytes are in
+//! [`mod@format`].
 //!
 //! Invariants:
 //! - A state is durable only after the bytes it speaks of are: `data` is synced before `map` is

@@ -3,7 +3,7 @@
 //!
 //! One thread, one seed: [`Sim::run`] polls the tasks and completes their operations in an order
 //! that the seed decides, so that a run with the same seed takes the same course. What a crash
-//! leaves is in [`disk`]; what it must leave is for the caller to know.
+//! leaves is in `disk`; what it must leave is for the caller to know.
 //!
 //! Invariants:
 //! - Nothing is durable before a sync that was issued after its completion has succeeded; and what

@@ -124,11 +124,13 @@ impl Wake for Handle {
     }
 }
 
+type BoxedTask = Pin<Box<dyn Future<Output = ()>>>;
+
 struct Task {
     handle: Arc<Handle>,
     waker: Waker,
     /// `None` while it runs.
-    future: Option<Pin<Box<dyn Future<Output = ()>>>>,
+    future: Option<BoxedTask>,
 }
 
 /// The tasks of one thread.
@@ -180,7 +182,7 @@ impl Tasks {
         }
     }
 
-    fn take(&self, index: usize) -> Option<(Waker, Pin<Box<dyn Future<Output = ()>>>)> {
+    fn take(&self, index: usize) -> Option<(Waker, BoxedTask)> {
         let mut tasks = self.tasks.borrow_mut();
         let task = tasks.get_mut(index)?;
         task.handle.queued.store(false, Ordering::Release);

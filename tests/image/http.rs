@@ -71,8 +71,10 @@ fn images_are_downloaded_through_redirects() {
     let sum = sha256(&packed);
     let base = serve(move |path, stream| match path {
         "/a" => {
-            let _ =
-                write!(stream, "HTTP/1.1 302 Found\r\nLocation: /b\r\nContent-Length: 0\r\n\r\n");
+            let _ = write!(
+                stream,
+                "HTTP/1.1 302 Found\r\nLocation: /b\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
+            );
         }
         "/b" => ok(stream, body.len(), &body),
         "/gz" => ok(stream, packed.len(), &packed),
@@ -80,13 +82,16 @@ fn images_are_downloaded_through_redirects() {
             // As servers do that take a .gz file for an encoding.
             let _ = write!(
                 stream,
-                "HTTP/1.1 200 OK\r\nContent-Encoding: gzip\r\nContent-Length: {}\r\n\r\n",
+                "HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Encoding: gzip\r\nContent-Length: {}\r\n\r\n",
                 packed.len()
             );
             let _ = stream.write_all(&packed);
         }
         "/chunked" => {
-            let _ = write!(stream, "HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n");
+            let _ = write!(
+                stream,
+                "HTTP/1.1 200 OK\r\nConnection: close\r\nTransfer-Encoding: chunked\r\n\r\n"
+            );
             for piece in body.chunks(77_777) {
                 let _ = write!(stream, "{:x}\r\n", piece.len());
                 let _ = stream.write_all(piece);
@@ -117,12 +122,13 @@ fn answers_that_are_no_image_are_errors() {
             _ => {
                 let _ = write!(
                     stream,
-                    "HTTP/1.1 302 Found\r\nLocation: {path}x\r\nContent-Length: 0\r\n\r\n"
+                    "HTTP/1.1 302 Found\r\nLocation: {path}x\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
                 );
                 return;
             }
         };
-        let _ = write!(stream, "HTTP/1.1 {status}\r\nContent-Length: 2\r\n\r\nno");
+        let _ =
+            write!(stream, "HTTP/1.1 {status}\r\nContent-Length: 2\r\nConnection: close\r\n\r\nno");
     });
     for (path, kind, word) in [
         ("/404", Kind::NotFound, "404"),
@@ -151,8 +157,10 @@ fn connections_that_break_are_errors() {
         "/half" => ok(stream, body.len(), &body[..body.len() / 2]),
         "/nothing" => ok(stream, body.len(), b""),
         "/chunked" => {
-            let _ =
-                write!(stream, "HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n100000\r\n");
+            let _ = write!(
+                stream,
+                "HTTP/1.1 200 OK\r\nConnection: close\r\nTransfer-Encoding: chunked\r\n\r\n100000\r\n"
+            );
             let _ = stream.write_all(&body[..1000]);
         }
         "/close" => {}
@@ -187,7 +195,7 @@ fn tired_server(body: Vec<u8>) -> String {
         };
         let _ = write!(
             stream,
-            "HTTP/1.1 {status}\r\nETag: {tag}\r\nContent-Range: bytes {at}-{}/{}\r\n\
+            "HTTP/1.1 {status}\r\nConnection: close\r\nETag: {tag}\r\nContent-Range: bytes {at}-{}/{}\r\n\
              Content-Length: {}\r\n\r\n",
             body.len() - 1,
             body.len(),

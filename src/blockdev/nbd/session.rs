@@ -1,6 +1,6 @@
 //! Transmission: one connection's requests and replies, on the ring of one thread.
 //!
-//! Three kinds of tasks share a [`Session`]: the reader parses every request that a receive
+//! Three kinds of tasks share a session: the reader parses every request that a receive
 //! brought; workers, started as they are needed and used again, serve one request each at a time;
 //! the sender puts every reply that is ready into one vectored send. In steady state a request costs
 //! no allocation, no lock and no system call of its own.
@@ -150,6 +150,10 @@ impl<D: Device<Ring>> Session<D> {
                 return Ok(());
             }
             self.admit(&request, &mut input).await?;
+            if self.phase.get() == Phase::Broken {
+                // Nobody is there to be answered: what was sent ahead is not served.
+                return Ok(());
+            }
         }
     }
 

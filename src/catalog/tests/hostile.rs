@@ -148,8 +148,8 @@ fn hostile_records_fail_their_object_alone() {
     assert_eq!(Node::open(&bench.state()).err().unwrap().kind(), Kind::Unsupported);
 }
 
-/// Each byte of each record flipped in turn, and mending asked for: no panic, and nothing is removed
-/// that the record, brought back, needs.
+/// Each byte of each record flipped in turn, and mending asked for: no panic, and nothing is
+/// removed that the record, brought back, needs.
 #[test]
 fn a_flipped_byte_loses_nothing() {
     let bench = start();

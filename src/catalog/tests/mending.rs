@@ -256,6 +256,12 @@ fn a_damaged_copy_is_helped_out_by_one_on_another_disk() {
     let image = import(&node, Some("c"), "debian", IMAGE).unwrap();
     assert_eq!((image.users.len(), image.copies.len()), (2, 2));
     assert_eq!(node.open_copy(&name("debian")).unwrap().disk, name("c"));
+    let refs = bench.home("c").join("images").join(digest(IMAGE).to_string()).join("refs");
+    assert_eq!(
+        fs::read_dir(&refs).unwrap().count(),
+        2,
+        "the new copy is referred to as the old was"
+    );
     assert_eq!(node.replica(&name("vm1")).unwrap().state, ReplicaState::Ready);
     node.remove_replica(&name("vm1")).unwrap();
     node.remove_replica(&name("vm2")).unwrap();
@@ -318,4 +324,30 @@ fn mending_and_importing_go_on_at_the_same_time() {
         imports.into_iter().for_each(|import| import.unwrap());
     });
     assert_eq!(node.images().len(), 302);
+}
+
+/// A copy that serves elsewhere lets a disk go only if it holds the references of those that can't
+/// speak for themselves.
+#[test]
+fn a_disk_goes_when_another_copy_takes_its_place() {
+    let bench = start();
+    fs::remove_file(debian(&bench).join("chunks")).unwrap();
+    let node = bench.open();
+    import(&node, Some("c"), "debian", IMAGE).unwrap();
+    node.remove_replica(&name("vm1")).unwrap();
+    drop(node);
+    // vm2's disk is away, and only the damaged copy on a has its reference.
+    let refs = bench.home("c").join("images").join(digest(IMAGE).to_string()).join("refs");
+    for reference in fs::read_dir(&refs).unwrap() {
+        fs::remove_file(reference.unwrap().path()).unwrap();
+    }
+    fs::rename(bench.path("b"), bench.path("away")).unwrap();
+    let node = bench.open();
+    let error = node.remove_disk(&name("a")).unwrap_err();
+    assert!(error.to_string().contains("vm2 on disk b"), "{error}");
+    node.add_disk(&bench.path("away"), DiskOptions::default()).unwrap();
+    node.remove_disk(&name("a")).unwrap();
+    assert_eq!(node.replica(&name("vm2")).unwrap().state, ReplicaState::Ready);
+    assert_eq!(node.fsck(Repair::Mend).unwrap().problems.len(), 1);
+    assert_eq!(fs::read_dir(&refs).unwrap().count(), 1, "fsck wrote the reference");
 }

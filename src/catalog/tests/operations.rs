@@ -311,7 +311,7 @@ fn one_daemon_per_disk_and_state() {
     let (bench, node) = Bench::with(&["a"]);
     let again = Node::open(&bench.state()).err().unwrap();
     assert_eq!(again.kind(), Kind::Locked);
-    assert!(again.to_string().contains(&std::process::id().to_string()), "{again}");
+    assert!(again.to_string().contains("used by this underlay already"), "{again}");
     let other = Node::open(&bench.temp.path().join("state2")).unwrap();
     let error = bench.add(&other, "a").unwrap_err();
     assert_eq!(error.kind(), Kind::Locked);
@@ -321,7 +321,11 @@ fn one_daemon_per_disk_and_state() {
     let node = bench.open();
     let a = node.disk(&name("a")).unwrap();
     assert_eq!(a.state, DiskState::Locked);
-    assert!(a.reason.unwrap().contains("used by another underlay"));
+    // Who holds it is told by the lock file: here it is this process, under another name.
+    assert!(a.reason.unwrap().contains("used by this underlay already"));
+    fs::write(bench.home("a").join("lock"), "4711\n").unwrap();
+    let error = bench.add(&node, "a").unwrap_err();
+    assert!(error.to_string().contains("used by another underlay (process 4711)"), "{error}");
     assert_eq!(bench.add(&node, "a").unwrap_err().kind(), Kind::Locked);
     drop(other);
     assert_eq!(bench.add(&node, "a").unwrap().state, DiskState::Present);

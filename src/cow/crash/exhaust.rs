@@ -1,11 +1,15 @@
 //! All short sequences of operations, crashed at every step.
 
-use std::ops::Range;
+use std::{
+    ops::Range,
+    sync::atomic::{AtomicUsize, Ordering},
+};
 
 use super::{
     Outcome, Violation,
     guest::{Action, Guests},
     node::{Layout, Node},
+    on_all_processors,
 };
 use crate::{
     cow::Provision,
@@ -31,6 +35,19 @@ const ALPHABET: [Action; 11] = [
 
 const SIZE: u64 = 4 * BLOCK + 2 * SECTOR;
 
+/// What is done, without a crash, right before each sequence: nothing, so that its first flush is a
+/// checkpoint; or what brings the journal to where its next flush appends the last record that fits.
+const WARM_UPS: [&[Action]; 2] = [
+    &[],
+    &[
+        Action::Write(3 * BLOCK, BLOCK),
+        Action::Flush,
+        Action::Discard(3 * BLOCK, BLOCK),
+        Action::Flush,
+        Action::Write(3 * BLOCK, SECTOR),
+    ],
+];
+
 /// How each course ends; `None` is a kill.
 const CRASHES: [Option<Cut>; 6] = [
     Some(Cut::LoseAll),
@@ -42,13 +59,25 @@ const CRASHES: [Option<Cut>; 6] = [
 ];
 
 /// Plays every sequence of up to `depth` operations, crashes it at every step in every way, checks,
-/// writes and flushes once more, cuts the power, and checks again.
+/// writes and flushes once more, cuts the power, and checks again. On all processors.
 pub fn exhaust(depth: usize) -> Result<Outcome, Violation> {
-    let mut outcome = Outcome::default();
-    let start = prepared(&mut outcome)?;
-    let mut sequence = Vec::new();
-    descend(&start, &mut sequence, depth, &mut outcome)?;
-    Ok(outcome)
+    let next = AtomicUsize::new(0);
+    let worker = || {
+        let mut outcome = Outcome::default();
+        let start = prepared(&mut outcome)?;
+        loop {
+            // Each takes the sequences that begin with one operation; the first the empty one too.
+            let turn = next.fetch_add(1, Ordering::Relaxed);
+            let Some(first) = ALPHABET.get(turn) else { return Ok(outcome) };
+            if turn == 0 {
+                descend(&start, &mut Vec::new(), 0, &mut outcome)?;
+            }
+            if depth > 0 {
+                descend(&start, &mut vec![*first], depth, &mut outcome)?;
+            }
+        }
+    };
+    on_all_processors(worker)
 }
 
 fn violation(course: impl Into<String>) -> impl FnOnce(String) -> Violation {
@@ -65,7 +94,7 @@ fn prepared(outcome: &mut Outcome) -> Result<Node, Violation> {
         areas: Vec::from_iter([Range { start: 0, end: SIZE + 10 * SECTOR }]),
     });
     let script = [ALPHABET[0], Action::Zero(BLOCK, BLOCK, Provision::Release), Action::Flush];
-    play(&mut node, &script, None, outcome)
+    play(&mut node, &[], &script, None, outcome)
         .and_then(|_| node.power_cut(Cut::LoseAll))
         .map_err(violation("preparing"))?;
     Ok(node)
@@ -77,8 +106,8 @@ fn descend(
     depth: usize,
     outcome: &mut Outcome,
 ) -> Result<(), Violation> {
-    if !sequence.is_empty() {
-        crash_everywhere(start, sequence, outcome)?;
+    for warm_up in WARM_UPS {
+        crash_everywhere(start, warm_up, sequence, outcome)?;
     }
     if sequence.len() < depth {
         for action in ALPHABET {
@@ -92,6 +121,7 @@ fn descend(
 
 fn crash_everywhere(
     start: &Node,
+    warm_up: &[Action],
     sequence: &[Action],
     outcome: &mut Outcome,
 ) -> Result<(), Violation> {
@@ -99,14 +129,14 @@ fn crash_everywhere(
         let mut reached = true;
         for crash in CRASHES {
             let mut node = start.fork(step);
-            let course = || format!("{sequence:?}, {crash:?} at step {step}");
-            let end =
-                play(&mut node, sequence, Some(step), outcome).map_err(violation(course()))?;
+            let course = || format!("{warm_up:?}, {sequence:?}, {crash:?} at step {step}");
+            let end = play(&mut node, warm_up, sequence, Some(step), outcome)
+                .map_err(violation(course()))?;
             reached = end == End::Stopped;
             crash_once(&mut node, crash, outcome)
                 .and_then(|()| {
                     let again = [Action::Write(2 * BLOCK, BLOCK), Action::Flush];
-                    play(&mut node, &again, None, outcome)
+                    play(&mut node, &[], &again, None, outcome)
                 })
                 .and_then(|_| crash_once(&mut node, Some(Cut::LoseAll), outcome))
                 .map_err(violation(course()))?;
@@ -133,6 +163,7 @@ fn crash_once(node: &mut Node, crash: Option<Cut>, outcome: &mut Outcome) -> Res
 
 fn play(
     node: &mut Node,
+    warm_up: &[Action],
     script: &[Action],
     steps: Option<u64>,
     outcome: &mut Outcome,
@@ -140,6 +171,7 @@ fn play(
     outcome.runs += 1;
     let Some(overlay) = node.open()? else { return Err("the disk is sound".to_owned()) };
     let guests = Guests::new(node, overlay, fastrand::Rng::with_seed(1));
+    guests.play(warm_up, None);
     let end = guests.play(script, steps);
     guests.report(outcome)?;
     match end {

@@ -8,7 +8,7 @@ use super::{
     node::{Image, Node},
 };
 use crate::{
-    cow::{Overlay, Provision},
+    cow::{Overlay, Provision, format::RUNS_PER_RECORD},
     error::{Kind, Result as IoResult},
     io::{
         Buf,
@@ -27,6 +27,8 @@ pub(super) enum Action {
     Flush,
     Close,
     Grow(u64),
+    /// Makes one block data and zero by turns, until the changes fill more than one record.
+    Churn(u64),
 }
 
 /// All guests of one replica between two crashes.
@@ -144,6 +146,7 @@ impl Guests {
             70..82 => Action::Zero(start, len, provision),
             82..96 => Action::Flush,
             96..98 => Action::Close,
+            98 if rng.u8(0..8) == 0 => Action::Churn(round_down(start, BLOCK)),
             _ => Action::Grow(rng.u64(0..6) * SECTOR + rng.u64(0..2) * BLOCK),
         }
     }
@@ -160,15 +163,16 @@ impl Guests {
                 // A discard may do nothing: as a write, it is never sure.
                 self.change(offset, &zeros, async { done.await.map(|()| false) }).await;
             }
-            Action::Zero(offset, len, provision) => {
-                let zeros = vec![0; len as usize];
-                let done =
-                    self.overlay.write_zeroes(&self.sim, &self.image, offset, len, provision);
-                self.change(offset, &zeros, async { done.await.map(|()| true) }).await;
-            }
+            Action::Zero(offset, len, provision) => self.zero(offset, len, provision).await,
             Action::Flush => self.flush(self.overlay.flush(&self.sim)).await,
             Action::Close => self.flush(self.overlay.close(&self.sim)).await,
             Action::Grow(by) => self.grow(by).await,
+            Action::Churn(offset) => {
+                for _ in 0..RUNS_PER_RECORD * 2 / 3 {
+                    self.zero(offset, BLOCK, Provision::Release).await;
+                    self.zero(offset, BLOCK, Provision::Keep).await;
+                }
+            }
         }
         tracing::debug!(?action, "ended");
     }
@@ -185,6 +189,13 @@ impl Guests {
         buf.copy_from(&bytes);
         let done = self.overlay.write(&self.sim, &self.image, offset, buf);
         self.change(offset, &bytes, async { done.await.map(|()| true) }).await;
+    }
+
+    async fn zero(&self, offset: u64, len: u64, provision: Provision) {
+        let len = len.min(self.overlay.size() - offset);
+        let zeros = vec![0; len as usize];
+        let done = self.overlay.write_zeroes(&self.sim, &self.image, offset, len, provision);
+        self.change(offset, &zeros, async { done.await.map(|()| true) }).await;
     }
 
     /// Does something that leaves `bytes` at `offset`, surely if it returns true.
