@@ -62,13 +62,12 @@ impl Apt {
     }
 
     /// Installs packages from the machine's own sources.
-    pub fn install(&self, packages: &[&str]) -> Result<String> {
+    pub fn install(&self, packages: &[&str]) -> Result<()> {
         note(&format!("setup: apt-get install {}", packages.join(" ")));
         if self.apt_get(&[]).args(["-s", "install"]).args(packages).outcome()?.code != 0 {
             self.apt_get(&[]).args(["update"]).run()?;
         }
-        self.apt_get(&[]).args(["install"]).args(packages).run()?;
-        Ok(packages.join(" "))
+        self.apt_get(&[]).args(["install"]).args(packages).run()
     }
 
     /// Installs `package` so that `kept` stays installed: from the machine's own sources if that
@@ -84,7 +83,7 @@ impl Apt {
             self.apt_get(&[]).args(["update"]).run()?;
         }
         if keeps(&[])? {
-            return self.install(&[package]).map(drop);
+            return self.install(&[package]);
         }
         let suite = format!("{}-backports", self.codename);
         note(&format!("setup: apt-get install {package} from {suite}, which keeps {kept}"));

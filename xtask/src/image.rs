@@ -123,7 +123,7 @@ pub struct Kernel {
 
 /// A Debian cloud kernel, from the cache or unpacked now.
 pub fn kernel() -> Result<Kernel> {
-    setup::need(&["busybox", "cpio", "xz", "dpkg"])?;
+    setup::need(&["cpio", "xz", "dpkg"])?;
     let mut missing = Vec::new();
     for suite in KERNEL_SUITES {
         let dir = place::cache().join(format!("kernel-{suite}"));
@@ -177,8 +177,7 @@ fn initrd(dir: &Path) -> Result<PathBuf> {
     for made in ["dev", "proc", "mnt"] {
         fs::create_dir_all(work.join(made))?;
     }
-    let busybox = find("busybox").ok_or_else(|| anyhow!("busybox is not installed"))?;
-    fs::copy(busybox, work.join("busybox"))?;
+    fs::copy(busybox()?, work.join("busybox"))?;
     let module = modules(dir)?.join("kernel/drivers/block/virtio_blk.ko.xz");
     tool("xz", ["-dc"]).args([&module]).into_file(&work.join("virtio_blk.ko"))?;
     script(&work.join("init"), FIRST_STEPS)?;
@@ -190,6 +189,25 @@ fn initrd(dir: &Path) -> Result<PathBuf> {
         .run()?;
     fs::remove_dir_all(&work)?;
     Ok(initrd)
+}
+
+/// A busybox that needs no libraries: the machine's own may be another.
+fn busybox() -> Result<PathBuf> {
+    if let Some(own) = find("busybox") {
+        let program = fs::read(&own).with_context(|| format!("reading {}", own.display()))?;
+        // A program that needs libraries names their loader in its first page.
+        let head = &program[..program.len().min(4096)];
+        if !head.windows(8).any(|name| name == b"ld-linux") {
+            return Ok(own);
+        }
+    }
+    let dir = place::cache().join("busybox");
+    let found = ["usr/bin/busybox", "bin/busybox"].map(|path| dir.join(path));
+    if !found.iter().any(|file| file.exists()) {
+        Apt::unprivileged()?.unpack(SUITE, "busybox-static", |_| false, &dir)?;
+    }
+    let file = found.into_iter().find(|file| file.exists());
+    file.ok_or_else(|| anyhow!("no busybox in the package busybox-static"))
 }
 
 /// The first entry of `dir`, in order of names, that `wanted` accepts.

@@ -7,6 +7,7 @@ mod apt;
 mod bench;
 mod clients;
 mod daemon;
+mod demo;
 mod guest;
 mod hostile;
 mod image;
@@ -70,6 +71,8 @@ enum Chore {
     Kill(Aim),
     /// Rig: what sharing saves, and what replicas cost
     Savings,
+    /// Rig: the commands that a newcomer meets first
+    Demo,
     /// Rig: bad names, images, bits; two daemons; disks that are read-only, full, gone
     Hostile {
         /// The seed of which bits are flipped
@@ -118,6 +121,7 @@ fn run(chore: Chore) -> Result<()> {
         Chore::Guest(aim) => guest::run(&Lab::open()?, aim.against, &mut report),
         Chore::Clients(aim) => clients::run(&Lab::open()?, aim.against, aim.seed, &mut report),
         Chore::Kill(aim) => kill::run(&Lab::open()?, aim.against, aim.seed, &mut report),
+        Chore::Demo => demo::run(&Lab::open()?, &mut report),
         Chore::Savings => savings::run(&Lab::open()?, &mut report),
         Chore::Hostile { seed } => {
             let lab = Lab::open()?;

@@ -70,13 +70,14 @@ pub fn run(report: &mut Report) {
             return;
         }
     };
-    if !packages.is_empty() {
-        report.check("setup: install programs", || apt.install(&packages));
+    // Not a failure of ours if a mirror can't be reached or lacks something: what needs it is then
+    // skipped, with this reason.
+    if !packages.is_empty()
+        && let Err(error) = apt.install(&packages)
+    {
+        report.skip("setup: install programs", &format!("{error:#}"));
     }
-    if emulator {
-        // Not a failure of ours if a mirror lacks it: the guest is then skipped, with this reason.
-        if let Err(error) = apt.install_beside(EMULATOR.1, "qemu-utils") {
-            report.skip("setup: install qemu-system-x86", &format!("{error:#}"));
-        }
+    if emulator && let Err(error) = apt.install_beside(EMULATOR.1, "qemu-utils") {
+        report.skip("setup: install qemu-system-x86", &format!("{error:#}"));
     }
 }
