@@ -70,9 +70,9 @@ fn two_thousand_replicas_open_in_well_under_a_second() {
     let told = start.elapsed();
     println!("open {opened:?}, list {listed:?}, status {told:?}");
     assert_eq!(node.images().iter().map(|image| image.users.len()).sum::<usize>(), 2000);
-    // Three times what a loaded machine takes: a change of order would show.
-    assert!(opened < Duration::from_secs(2), "{opened:?}");
-    assert!(listed < Duration::from_secs(2), "{listed:?}");
+    // Several times what a loaded machine takes: a change of order would show.
+    assert!(opened < Duration::from_secs(5), "{opened:?}");
+    assert!(listed < Duration::from_secs(5), "{listed:?}");
 }
 
 /// A figure rather than a limit: what a sync takes is the disk's affair.
