@@ -2,8 +2,9 @@
 //!
 //! Figures from this kind of machine are noisy, so nothing is compared across runs: every round runs
 //! every contestant, in an order that rotates, and what is reported is the median of the rounds, the
-//! spread, and the ratio of medians. Direct is compared with direct, cached with cached. Each round of
-//! first-touch writes has a fresh overlay. The images lie beneath `target`, on the real disk.
+//! spread, and the median of the ratios within a round. Direct is compared with direct, cached with
+//! cached. Each round of first-touch writes has a fresh overlay. The images lie beneath `target`, on
+//! the real disk.
 
 mod table;
 
@@ -36,6 +37,9 @@ const SYNC: Duration = Duration::from_secs(300);
 /// What the caller may choose.
 #[derive(clap::Args)]
 pub struct Options {
+    /// What is measured
+    #[arg(value_enum, default_value = "nbd")]
+    area: Area,
     /// Rounds; the median of them is what counts
     #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..))]
     rounds: u32,
@@ -48,6 +52,13 @@ pub struct Options {
     /// Prints one JSON document instead of tables
     #[arg(long)]
     json: bool,
+}
+
+/// A part of underlay whose speed is measured.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+enum Area {
+    /// Reads and writes over NBD
+    Nbd,
 }
 
 /// How bytes get to the disk.
@@ -143,10 +154,14 @@ pub fn run(lab: &Lab, options: &Options) -> Result<()> {
         .within(&place::root())
         .limit(Duration::from_secs(3600))
         .run()?;
-    let stage = Stage::new(lab)?;
     let mut rows = Vec::new();
-    for round in 0..options.rounds {
-        stage.round(options, round, &mut rows)?;
+    match options.area {
+        Area::Nbd => {
+            let stage = Stage::new(lab)?;
+            for round in 0..options.rounds {
+                stage.round(options, round, &mut rows)?;
+            }
+        }
     }
     let machine = machine()?;
     if options.json {

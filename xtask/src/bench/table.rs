@@ -1,4 +1,4 @@
-//! The bench's figures as tables: medians, spreads, ratios of medians.
+//! The bench's figures as tables: medians, spreads, ratios.
 
 use serde_json::{Value, json};
 
@@ -31,10 +31,7 @@ pub struct Row {
 
 impl Row {
     fn median(&self, of: impl Fn(&Sample) -> f64) -> f64 {
-        let mut all: Vec<_> = self.samples.iter().map(of).collect();
-        all.sort_by(f64::total_cmp);
-        let middle = all.len() / 2;
-        if all.len() % 2 == 1 { all[middle] } else { (all[middle - 1] + all[middle]) / 2.0 }
+        median(self.samples.iter().map(of).collect())
     }
 
     fn per_second(&self) -> f64 {
@@ -46,11 +43,19 @@ impl Row {
         all.fold((f64::INFINITY, 0.0), |(low, high), one| (low.min(one), high.max(one)))
     }
 
-    /// The ratio of this row's median to that of `who`, the same load the same way.
+    /// How many times the rate of `who` this row's is, the same load the same way: the median of the
+    /// rounds' ratios, since what disturbs a machine for a while disturbs both in the same round.
     fn over(&self, rows: &[Row], who: Who) -> Option<f64> {
         let other = |row: &&Row| row.load == self.load && row.lane == (self.lane.0, who);
-        rows.iter().find(other).map(|other| self.per_second() / other.per_second())
+        let pairs = self.samples.iter().zip(&rows.iter().find(other)?.samples);
+        Some(median(pairs.map(|(ours, theirs)| ours.per_second / theirs.per_second).collect()))
     }
+}
+
+fn median(mut all: Vec<f64>) -> f64 {
+    all.sort_by(f64::total_cmp);
+    let middle = all.len() / 2;
+    if all.len() % 2 == 1 { all[middle] } else { (all[middle - 1] + all[middle]) / 2.0 }
 }
 
 fn label((way, who): Lane) -> String {
