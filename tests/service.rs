@@ -341,3 +341,20 @@ fn a_damaged_image_is_told() {
     let told = daemon.cli(&["image", "verify", "base"]).output().unwrap();
     assert!(complaint(&told).contains("image base"), "{told:?}");
 }
+
+#[test]
+fn an_overlay_that_was_cut_short_is_told() {
+    let daemon = Daemon::with_disks();
+    daemon.import("base", &content(MIB));
+    daemon.ok(&["replica", "create", "vm1", "--image", "base", "--disk", "b"]);
+    let id = daemon.json(&["replica", "inspect", "vm1"])["id"].as_str().unwrap().to_owned();
+    let data = daemon.path("b").join("underlay/replicas").join(id).join("data");
+    fs::OpenOptions::new().write(true).open(data).unwrap().set_len(MIB as u64 / 2).unwrap();
+    // What is missing would read as zeros.
+    let mut client = Client::connect(&daemon.nbd_socket());
+    client.send(&[vec![0, 0, 0, 3], nbd::go("replica/vm1")].concat());
+    let (_, reply, message) = client.option_reply();
+    let message = String::from_utf8(message).unwrap();
+    assert_ne!(reply & 0x8000_0000, 0, "{message}");
+    assert!(message.contains("replica vm1") && message.contains("cut short"), "{message}");
+}

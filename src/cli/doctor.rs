@@ -125,7 +125,7 @@ fn kernel() -> Finding {
 async fn io_uring() -> Finding {
     let what = "io_uring";
     let tried = async {
-        let mut rings = Rings::start(1).context(|| "starting a ring")?;
+        let mut rings = Rings::start(1, Duration::ZERO).context(|| "starting a ring")?;
         let file = memfd_create(c"doctor", MFdFlags::MFD_CLOEXEC).context(|| "a file in memory")?;
         let file = RingFile::new(fs::File::from(file)).context(|| "a file in memory")?;
         let done = rings.run(0, move |ring| async move {

@@ -34,6 +34,8 @@ pub struct Config {
     pub log: String,
     /// I/O threads, each with a ring; 0 for as many as there are processors, up to a bound.
     pub threads: usize,
+    /// Microseconds that an I/O thread with a deep queue looks for completions before it sleeps.
+    pub poll_us: u64,
     /// Whether reads of images go through the page cache, shared by all replicas.
     pub image_io: Caching,
     /// Whether overlays go through the page cache.
@@ -63,6 +65,7 @@ struct File {
     metrics: Option<String>,
     log: Option<String>,
     threads: Option<usize>,
+    poll_us: Option<u64>,
     image_io: Option<Caching>,
     overlay_io: Option<Caching>,
     stop_seconds: Option<u64>,
@@ -79,6 +82,7 @@ impl Config {
             metrics: None,
             log: "info".to_owned(),
             threads: 0,
+            poll_us: 400,
             image_io: Caching::Cached,
             overlay_io: Caching::Direct,
             stop_seconds: 20,
@@ -118,6 +122,7 @@ impl Config {
             },
             log: file.log.unwrap_or(default.log),
             threads: file.threads.unwrap_or(default.threads),
+            poll_us: file.poll_us.unwrap_or(default.poll_us),
             image_io: file.image_io.unwrap_or(default.image_io),
             overlay_io: file.overlay_io.unwrap_or(default.overlay_io),
             stop_seconds: file.stop_seconds.unwrap_or(default.stop_seconds),
@@ -134,10 +139,10 @@ impl Config {
                 ));
             }
         }
-        if config.threads > 1024 || config.stop_seconds > 3600 {
+        if config.threads > 1024 || config.poll_us > 100_000 || config.stop_seconds > 3600 {
             return Err(Error::new(
                 Kind::Invalid,
-                "threads is at most 1024 and stop_seconds at most 3600",
+                "threads is at most 1024, poll_us at most 100000 and stop_seconds at most 3600",
             ));
         }
         Ok(config)
@@ -198,6 +203,7 @@ mod tests {
             ("log = \"info\"\nmetrix = 1", "line 2"),
             ("threads = \"many\"", "line 1"),
             ("threads = 100000", "1024"),
+            ("poll_us = 1000000", "100000"),
             ("overlay_io = \"quick\"", "quick"),
             ("metrics = \"nowhere\"", "nowhere"),
             ("socket = \"underlay.sock\"", "socket"),

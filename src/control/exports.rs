@@ -247,11 +247,22 @@ impl Exports {
             .map_err(|error| error.within(format!("replica {name}")))?;
         let (node, caching, by) = (self.node.clone(), self.caching.overlays, name.clone());
         let files = blocking(move || open_files(&node, &by, caching)).await?;
-        let Files { id, data, map, rotational } = files;
+        let Files { id, data, data_len, map, rotational } = files;
         let overlay = self
             .run(move |ring| async move { Overlay::open(&ring, data, map, id).await })
             .await
             .map_err(|error| error.within(format!("replica {name}")))?;
+        if data_len < overlay.size() {
+            // Past its end the file would read as zeros.
+            return Err(Error::new(
+                Kind::Corrupt,
+                format!(
+                    "replica {name}: its data file was cut short, it has {data_len} of {} bytes; \
+                     restore the file, or remove the replica",
+                    overlay.size()
+                ),
+            ));
+        }
         if overlay.size() != status.size {
             // It grew right before a crash; the overlay's own word counts.
             let (node, by, size) = (self.node.clone(), name.clone(), overlay.size());
@@ -316,6 +327,8 @@ impl Offered for Exports {
 struct Files {
     id: Uuid,
     data: RingFile,
+    /// Bytes of the data file.
+    data_len: u64,
     map: RingFile,
     rotational: bool,
 }
@@ -323,16 +336,19 @@ struct Files {
 fn open_files(node: &Node, name: &Name, caching: Caching) -> Result<Files> {
     let open = node.open_replica(name)?;
     let what = || format!("replica {name}: opening its overlay");
-    let file = |open: &dyn Fn(OFlag) -> Result<std::fs::File>| -> Result<RingFile> {
+    let file = |open: &dyn Fn(OFlag) -> Result<std::fs::File>| -> Result<(RingFile, u64)> {
         let file = opened(caching, open)?;
         // Clean pages that an earlier, failed sync left behind may not be what is on the disk.
         posix_fadvise(&file, 0, 0, PosixFadviseAdvice::POSIX_FADV_DONTNEED).context(what)?;
-        RingFile::new(file).context(what)
+        let len = file.metadata().context(what)?.len();
+        Ok((RingFile::new(file).context(what)?, len))
     };
+    let (data, data_len) = file(&|flags| open.open_data(flags))?;
     Ok(Files {
         id: open.id,
-        data: file(&|flags| open.open_data(flags))?,
-        map: file(&|flags| open.open_map(flags))?,
+        data,
+        data_len,
+        map: file(&|flags| open.open_map(flags))?.0,
         rotational: turns(node, &open.disk),
     })
 }

@@ -65,7 +65,8 @@ impl Service {
             0 => std::thread::available_parallelism().map_or(1, |n| n.get()).min(THREADS),
             threads => threads,
         };
-        let rings = Arc::new(Rings::start(threads).context(|| {
+        let poll = Duration::from_micros(config.poll_us);
+        let rings = Arc::new(Rings::start(threads, poll).context(|| {
             "starting io_uring (Linux 6.1 or later, and not forbidden to this process: see \
              `underlay doctor`)"
         })?);

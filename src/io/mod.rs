@@ -9,6 +9,7 @@ pub mod buf;
 pub mod bulk;
 pub mod holes;
 pub mod inherit;
+mod poll;
 pub mod ring;
 pub mod rings;
 pub mod signal;

@@ -4,8 +4,8 @@
 //! completed it, and the entry keeps what the kernel may touch: the buffer, the file, the message.
 //! A future that is dropped early leaves its entry behind, and the completion frees it.
 //!
-//! Submissions gather while tasks run and go to the kernel in one call, with the wait for the next
-//! completions.
+//! Submissions gather while tasks run and go to the kernel some at a time, so that the disk begins
+//! while the rest is made ready; the last go with the wait for the next completions.
 
 use std::{
     cell::{Cell, RefCell},
@@ -20,6 +20,7 @@ use std::{
     rc::Rc,
     sync::Arc,
     task::{Context, Poll, Waker},
+    time::Duration,
 };
 
 use io_uring::{IoUring, opcode, squeue, types};
@@ -33,11 +34,15 @@ use super::{
     Buf, Io,
     batch::Batch,
     buf::Pool,
+    poll::Poll as Polling,
     task::{Inbox, Tasks},
 };
 
 /// Entries of the submission queue; the completion queue has twice as many.
 const ENTRIES: u32 = 512;
+
+/// Submissions that go to the kernel at once.
+const GATHER: usize = 8;
 
 /// Bytes of one read or write: the kernel caps them a little below 2 GiB.
 const MAX_IO: usize = 1 << 30;
@@ -94,6 +99,9 @@ struct Inner {
     inbox: Arc<Inbox>,
     mail: Buf,
     mail_armed: Cell<bool>,
+    polling: Polling,
+    /// Operations on files that the kernel has not completed.
+    disk_ops: Cell<usize>,
 }
 
 struct Op {
@@ -116,13 +124,21 @@ enum Keep {
     Send(Arc<OwnedFd>, Box<Batch>),
 }
 
+impl Keep {
+    fn is_disk(&self) -> bool {
+        matches!(self, Keep::File(_) | Keep::Buf(..))
+    }
+}
+
 impl Ring {
-    /// Makes the calling thread a ring thread.
-    pub(super) fn new(inbox: Arc<Inbox>) -> Result<Ring> {
+    /// Makes the calling thread a ring thread, which looks for completions for at most `poll`
+    /// before it sleeps.
+    pub(super) fn new(inbox: Arc<Inbox>, poll: Duration) -> Result<Ring> {
         let uring = IoUring::builder()
             .setup_single_issuer()
             .setup_defer_taskrun()
             .setup_coop_taskrun()
+            .setup_taskrun_flag()
             .setup_submit_all()
             .build(ENTRIES)?;
         let pool = Pool::new(|start, len| {
@@ -139,6 +155,8 @@ impl Ring {
             inbox,
             mail: Buf::heap(8),
             mail_armed: Cell::new(false),
+            polling: Polling::new(poll),
+            disk_ops: Cell::new(0),
         })))
     }
 
@@ -162,15 +180,27 @@ impl Ring {
                 return Ok(());
             }
             self.arm_mail()?;
-            let wait = usize::from(inner.inbox.may_sleep());
-            match inner.uring.borrow().submit_and_wait(wait) {
-                Ok(_) => {}
-                Err(error) if error.raw_os_error() == Some(libc::EINTR) => {}
-                Err(error) if error.raw_os_error() == Some(libc::EBUSY) => {}
-                Err(error) => return Err(error),
+            let idle = inner.inbox.may_sleep();
+            if idle && inner.polling.wanted(inner.disk_ops.get()) {
+                self.enter(0)?;
+                inner.polling.look(|| {
+                    let mut uring = inner.uring.borrow_mut();
+                    uring.submission().taskrun() || !uring.completion().is_empty()
+                });
             }
+            self.enter(usize::from(idle))?;
             inner.inbox.awake();
             self.reap();
+        }
+    }
+
+    /// Submits what has gathered and waits for so many completions.
+    fn enter(&self, wait: usize) -> Result<()> {
+        match self.0.uring.borrow().submit_and_wait(wait) {
+            Err(error) if !matches!(error.raw_os_error(), Some(libc::EINTR | libc::EBUSY)) => {
+                Err(error)
+            }
+            _ => Ok(()),
         }
     }
 
@@ -185,14 +215,16 @@ impl Ring {
 
     fn push(&self, entry: &squeue::Entry) -> Result<()> {
         let mut uring = self.0.uring.borrow_mut();
-        loop {
-            // SAFETY: what the entry points at is kept by its operation's slab entry, or by the
-            // ring itself for the mail, until the completion is reaped.
-            if unsafe { uring.submission().push(entry) }.is_ok() {
-                return Ok(());
-            }
+        // SAFETY: what the entry points at is kept by its operation's slab entry, or by the ring
+        // itself for the mail, until the completion is reaped.
+        while unsafe { uring.submission().push(entry) }.is_err() {
             uring.submit()?;
         }
+        if uring.submission().len() >= GATHER {
+            // What the kernel does not take now stays in the queue, and goes with the next call.
+            let _ = uring.submit();
+        }
+        Ok(())
     }
 
     fn reap(&self) {
@@ -205,6 +237,9 @@ impl Ring {
             }
             let key = completion.user_data() as usize;
             let Some(op) = ops.get_mut(key) else { continue };
+            if op.keep.is_disk() {
+                self.0.disk_ops.set(self.0.disk_ops.get() - 1);
+            }
             match std::mem::replace(&mut op.state, State::Done(completion.result())) {
                 State::Pending(Some(waker)) => waker.wake(),
                 State::Abandoned => drop(ops.remove(key)),
@@ -214,8 +249,11 @@ impl Ring {
     }
 
     fn start(&self, entry: squeue::Entry, keep: Keep) -> Operation {
+        let disk = usize::from(keep.is_disk());
         let key = self.0.ops.borrow_mut().insert(Op { state: State::Pending(None), keep });
+        self.0.disk_ops.set(self.0.disk_ops.get() + disk);
         if let Err(error) = self.push(&entry.user_data(key as u64)) {
+            self.0.disk_ops.set(self.0.disk_ops.get() - disk);
             // The kernel refused the whole ring: every operation fails the same way.
             let errno = error.raw_os_error().unwrap_or(libc::EIO);
             self.0.ops.borrow_mut()[key].state = State::Done(-errno);

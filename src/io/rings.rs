@@ -28,11 +28,12 @@ struct Thread {
 }
 
 impl Rings {
-    /// Starts `count` threads.
+    /// Starts `count` threads, each of which looks for completions for at most `poll` before it
+    /// sleeps.
     ///
     /// # Errors
     /// Whatever io_uring says, where the kernel is too old or forbids it.
-    pub fn start(count: usize) -> Result<Rings> {
+    pub fn start(count: usize, poll: Duration) -> Result<Rings> {
         let mut rings = Rings { threads: Vec::new(), next: AtomicUsize::new(0) };
         for index in 0..count.max(1) {
             let inbox = Arc::new(Inbox::new()?);
@@ -40,7 +41,7 @@ impl Rings {
             let own = inbox.clone();
             let handle =
                 std::thread::Builder::new().name(format!("ring{index}")).spawn(move || {
-                    match Ring::new(own) {
+                    match Ring::new(own, poll) {
                         Ok(ring) => {
                             let _ = ready.send(Ok(()));
                             if let Err(error) = ring.run() {
@@ -139,7 +140,7 @@ mod tests {
 
     #[test]
     fn writes_of_one_thread_are_read_on_another() {
-        let mut rings = Rings::start(2).unwrap();
+        let mut rings = Rings::start(2, Duration::ZERO).unwrap();
         let file = scratch();
         let own = file.clone();
         let write = rings.run(0, |ring| async move {
@@ -167,7 +168,7 @@ mod tests {
 
     #[test]
     fn tasks_wake_across_threads() {
-        let mut rings = Rings::start(2).unwrap();
+        let mut rings = Rings::start(2, Duration::ZERO).unwrap();
         let (send, receive) = oneshot::channel();
         let (done, result) = oneshot::channel();
         rings.spawn(0, move |_| async move {
@@ -184,7 +185,7 @@ mod tests {
 
     #[test]
     fn a_dropped_operation_keeps_its_buffer() {
-        let mut rings = Rings::start(1).unwrap();
+        let mut rings = Rings::start(1, Duration::ZERO).unwrap();
         let result = rings.run(0, |ring| async move {
             let (reader, writer) = nix::unistd::pipe().unwrap();
             let file = RingFile::new(reader.into()).unwrap();
