@@ -214,6 +214,19 @@ impl Model {
         Ok(())
     }
 
+    /// The device ends at `size` after a power cut: it had grown, and that was lost. What appears
+    /// beyond should it grow again may be anything that was durable there; nobody knows until then.
+    pub(super) fn hide(&mut self, size: u64) {
+        let now = self.now();
+        let event = self.events.len();
+        self.events.push(Times { began: now, ended: Some(now), sure: false });
+        for (_, sector) in self.sectors.range_mut(size.div_ceil(SECTOR)..) {
+            sector.durable.iter_mut().for_each(|version| version.event = event);
+            sector.live = sector.durable.clone();
+            sector.gone.clear();
+        }
+    }
+
     /// Checks what is found after a kill. The map's changes since the last flush died with the
     /// process, so it is what a power cut allows; but it is not durable because it is there.
     pub(super) fn check_kill(&mut self, offset: u64, bytes: &[u8]) -> Result<(), String> {

@@ -197,6 +197,7 @@ impl Node {
         self.sim.power_cut(cut);
         self.recover(|model, offset, bytes| model.check_cut(offset, bytes))?;
         let size = self.sizes.borrow().last().copied();
+        self.model.borrow_mut().hide(size.unwrap_or_default());
         *self.sizes.borrow_mut() = Vec::from_iter(size);
         Ok(())
     }
