@@ -6,6 +6,7 @@ pub mod base;
 pub mod device;
 pub mod nbd;
 pub mod replica;
+pub mod ublk;
 
 pub use base::BaseImage;
 pub use device::{Device, Extent, Info, Provision};

@@ -19,7 +19,7 @@ use super::{
 };
 use crate::{
     error::Result,
-    io::{Buf, Io},
+    io::{Buf, Io, loan::withdrawn},
     units::{self, BLOCK, Block, check_range},
 };
 
@@ -124,6 +124,9 @@ impl<I: Io> Overlay<I> {
         }
         let start = (offset - block.offset()) as usize;
         whole.slice(start..start + buf.len()).copy_from_buf(&buf);
+        if buf.is_lost() {
+            return Err(self.failed("writing", withdrawn()));
+        }
         self.write_data(io, block.offset(), whole).await
     }
 
@@ -147,6 +150,9 @@ impl<I: Io> Overlay<I> {
             let len = (buf.len() - done).min(BOUNCE);
             let bounce = io.alloc(len);
             bounce.copy_from_buf(&buf.slice(done..done + len));
+            if buf.is_lost() {
+                return Err(withdrawn());
+            }
             io.write(&self.data, bounce, offset + done as u64).await?;
             done += len;
         }

@@ -5,6 +5,9 @@
 //! kernel may still touch is never given back. Content is reached by copying only: no reference
 //! into a slot exists, hence none can be invalidated by the kernel's writes.
 //!
+//! A window may also be on memory that the kernel lends ([`Loan`]): the same to the ring, and copies
+//! go through the kernel.
+//!
 //! Buffers belong to the thread that made them.
 
 use std::{
@@ -16,6 +19,7 @@ use std::{
     rc::{Rc, Weak},
 };
 
+use super::loan::Loan;
 use crate::units::BLOCK;
 
 /// Alignment of every slot, in bytes: enough for direct I/O on any device.
@@ -27,6 +31,12 @@ const CLASSES: [(usize, usize); 4] =
 
 /// Bytes of a huge page.
 const HUGE: usize = 2 << 20;
+
+/// The number of the pool's region in its ring's table of buffers.
+pub(super) const POOL: u16 = 0;
+
+/// Bytes that are copied at a time between two places that the processor can't both see.
+const COPY: usize = 4 << 10;
 
 /// One allocation; freed with the last slot in it.
 struct Region {
@@ -60,6 +70,13 @@ impl Drop for Region {
     }
 }
 
+/// What a window is on.
+#[derive(Clone)]
+enum Memory {
+    Own(Rc<Slot>),
+    Lent(Rc<Loan>),
+}
+
 struct Slot {
     region: Rc<Region>,
     /// Where the slot starts in its region.
@@ -78,7 +95,7 @@ fn layout(len: usize) -> Layout {
 /// A window on aligned memory, cheap to clone and to split.
 #[derive(Clone)]
 pub struct Buf {
-    slot: Rc<Slot>,
+    memory: Memory,
     start: usize,
     len: usize,
 }
@@ -87,7 +104,13 @@ impl Buf {
     /// Memory of its own, zeroed, outside any pool.
     pub fn heap(len: usize) -> Buf {
         let region = Rc::new(Region::new(len));
-        Buf { slot: Rc::new(Slot { region, offset: 0, home: None }), start: 0, len }
+        let slot = Slot { region, offset: 0, home: None };
+        Buf { memory: Memory::Own(Rc::new(slot)), start: 0, len }
+    }
+
+    /// The first `len` bytes of what the kernel lends.
+    pub fn lent(loan: &Rc<Loan>, len: usize) -> Buf {
+        Buf { memory: Memory::Lent(loan.clone()), start: 0, len }
     }
 
     /// Memory of its own that holds a copy of `bytes`.
@@ -114,19 +137,34 @@ impl Buf {
     #[must_use]
     pub fn slice(&self, range: Range<usize>) -> Buf {
         assert!(range.start <= range.end && range.end <= self.len, "window within its buffer");
-        Buf { slot: self.slot.clone(), start: self.start + range.start, len: range.len() }
+        Buf { memory: self.memory.clone(), start: self.start + range.start, len: range.len() }
     }
 
-    /// The first byte's address. Whoever hands it to the kernel keeps a clone of the window until
+    /// The first byte's address; in lent memory the distance from its start, which is what the
+    /// kernel takes for one there. Whoever hands it to the kernel keeps a clone of the window until
     /// the kernel is done.
     pub fn as_ptr(&self) -> *mut u8 {
-        // SAFETY: the slot lies within its region and the window within its slot, by construction.
-        unsafe { self.slot.region.ptr.as_ptr().add(self.slot.offset + self.start) }
+        match &self.memory {
+            // SAFETY: the slot lies within its region and the window within its slot, by construction.
+            Memory::Own(slot) => unsafe { slot.region.ptr.as_ptr().add(slot.offset + self.start) },
+            Memory::Lent(_) => std::ptr::without_provenance_mut(self.start),
+        }
     }
 
-    /// Whether the memory is part of the region registered with this thread's ring.
-    pub fn is_registered(&self) -> bool {
-        self.slot.region.registered
+    /// The number of the registered buffer that it is part of, in the thread's ring.
+    pub fn registered(&self) -> Option<u16> {
+        match &self.memory {
+            Memory::Own(slot) => slot.region.registered.then_some(POOL),
+            Memory::Lent(loan) => Some(loan.index()),
+        }
+    }
+
+    /// Whether the memory was lent, and a copy from or to it failed: what was copied is void.
+    pub fn is_lost(&self) -> bool {
+        match &self.memory {
+            Memory::Own(_) => false,
+            Memory::Lent(loan) => loan.is_lost(),
+        }
     }
 
     /// Copies `bytes` to the start of the window.
@@ -135,8 +173,11 @@ impl Buf {
     /// If the window is shorter.
     pub fn copy_from(&self, bytes: &[u8]) {
         assert!(bytes.len() <= self.len, "bytes fit the buffer");
-        // SAFETY: the window is valid for its length, and nobody holds a reference into it.
-        unsafe { self.as_ptr().copy_from(bytes.as_ptr(), bytes.len()) };
+        match &self.memory {
+            // SAFETY: the window is valid for its length, and nobody holds a reference into it.
+            Memory::Own(_) => unsafe { self.as_ptr().copy_from(bytes.as_ptr(), bytes.len()) },
+            Memory::Lent(loan) => loan.put(self.start, bytes),
+        }
     }
 
     /// Copies the first `bytes.len()` bytes of the window out.
@@ -145,8 +186,11 @@ impl Buf {
     /// If the window is shorter.
     pub fn copy_to(&self, bytes: &mut [u8]) {
         assert!(bytes.len() <= self.len, "bytes lie in the buffer");
-        // SAFETY: the window is valid for its length, and nobody holds a reference into it.
-        unsafe { bytes.as_mut_ptr().copy_from(self.as_ptr(), bytes.len()) };
+        match &self.memory {
+            // SAFETY: the window is valid for its length, and nobody holds a reference into it.
+            Memory::Own(_) => unsafe { bytes.as_mut_ptr().copy_from(self.as_ptr(), bytes.len()) },
+            Memory::Lent(loan) => loan.take(self.start, bytes),
+        }
     }
 
     /// Copies all of `other` to the start of this window; the two may overlap.
@@ -155,14 +199,36 @@ impl Buf {
     /// If this window is shorter.
     pub fn copy_from_buf(&self, other: &Buf) {
         assert!(other.len <= self.len, "bytes fit the buffer");
-        // SAFETY: both windows are valid for `other.len` bytes; `copy` allows overlap.
-        unsafe { self.as_ptr().copy_from(other.as_ptr(), other.len) };
+        match (&self.memory, &other.memory) {
+            (Memory::Own(_), Memory::Own(_)) => {
+                // SAFETY: both windows are valid for `other.len` bytes; `copy` allows overlap.
+                unsafe { self.as_ptr().copy_from(other.as_ptr(), other.len) };
+            }
+            (Memory::Own(_), Memory::Lent(loan)) => {
+                // SAFETY: the window is valid for `other.len` bytes, and nobody else holds a
+                // reference into it while the kernel fills it.
+                let bytes = unsafe { std::slice::from_raw_parts_mut(self.as_ptr(), other.len) };
+                loan.take(other.start, bytes);
+            }
+            (Memory::Lent(_), _) => {
+                // Through a copy: the kernel may write to the source meanwhile.
+                for at in (0..other.len).step_by(COPY) {
+                    let mut bytes = [0; COPY];
+                    let bytes = &mut bytes[..COPY.min(other.len - at)];
+                    other.slice(at..other.len).copy_to(bytes);
+                    self.slice(at..self.len).copy_from(bytes);
+                }
+            }
+        }
     }
 
     /// Sets every byte of the window.
     pub fn fill(&self, byte: u8) {
-        // SAFETY: the window is valid for its length, and nobody holds a reference into it.
-        unsafe { self.as_ptr().write_bytes(byte, self.len) };
+        match &self.memory {
+            // SAFETY: the window is valid for its length, and nobody holds a reference into it.
+            Memory::Own(_) => unsafe { self.as_ptr().write_bytes(byte, self.len) },
+            Memory::Lent(loan) => loan.fill(self.start, byte, self.len),
+        }
     }
 
     /// The window's content.
@@ -176,8 +242,9 @@ impl Buf {
 impl Drop for Buf {
     fn drop(&mut self) {
         // The pool keeps one clone of each of its slots: two left means that this is the last window.
-        if let Some((home, index)) = &self.slot.home
-            && Rc::strong_count(&self.slot) == 2
+        if let Memory::Own(slot) = &self.memory
+            && let Some((home, index)) = &slot.home
+            && Rc::strong_count(slot) == 2
             && let Some(pool) = home.upgrade()
         {
             let class = pool.class_of(*index);
@@ -245,7 +312,8 @@ impl Pool {
             if len <= *bytes
                 && let Some(index) = free[class].pop()
             {
-                return Buf { slot: self.0.slots.borrow()[index].clone(), start: 0, len };
+                let slot = self.0.slots.borrow()[index].clone();
+                return Buf { memory: Memory::Own(slot), start: 0, len };
             }
         }
         drop(free);
@@ -257,18 +325,22 @@ impl Pool {
 mod tests {
     use super::*;
 
+    fn is_home(buf: &Buf) -> bool {
+        matches!(&buf.memory, Memory::Own(slot) if slot.home.is_some())
+    }
+
     #[test]
     fn slots_return_with_their_last_window() {
         let pool = Pool::new(|_, _| false);
         let all: Vec<Buf> = (0..32).map(|_| pool.alloc(256 << 10)).collect();
-        assert!(all.iter().all(|buf| buf.slot.home.is_some()));
-        assert!(pool.alloc(256 << 10).slot.home.is_none(), "past the last slot comes the heap");
+        assert!(all.iter().all(is_home));
+        assert!(!is_home(&pool.alloc(256 << 10)), "past the last slot comes the heap");
         let window = all[0].slice(100..200);
         drop(all);
         let most: Vec<Buf> = (0..31).map(|_| pool.alloc(200 << 10)).collect();
-        assert!(pool.alloc(200 << 10).slot.home.is_none(), "a window holds its slot");
+        assert!(!is_home(&pool.alloc(200 << 10)), "a window holds its slot");
         drop(window);
-        assert!(pool.alloc(200 << 10).slot.home.is_some());
+        assert!(is_home(&pool.alloc(200 << 10)));
         drop(most);
     }
 

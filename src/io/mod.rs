@@ -7,11 +7,14 @@
 pub mod batch;
 pub mod buf;
 pub mod bulk;
+pub mod command;
 pub mod holes;
 pub mod inherit;
+pub mod loan;
 mod poll;
 pub mod ring;
 pub mod rings;
+pub mod shared;
 pub mod signal;
 pub mod sim;
 pub mod sys;

@@ -33,7 +33,7 @@ use slab::Slab;
 use super::{
     Buf, Io,
     batch::Batch,
-    buf::Pool,
+    buf::{POOL, Pool},
     poll::Poll as Polling,
     task::{Inbox, Tasks},
 };
@@ -46,6 +46,10 @@ const GATHER: usize = 8;
 
 /// Bytes of one read or write: the kernel caps them a little below 2 GiB.
 const MAX_IO: usize = 1 << 30;
+
+/// Buffers that the kernel may lend to one ring at a time: so many requests of block devices of its
+/// own can be under way. It takes 8 bytes for each.
+const LOANS: u16 = 8192;
 
 /// `user_data` of the wait for other threads' mail.
 const MAIL: u64 = u64::MAX;
@@ -99,6 +103,8 @@ struct Inner {
     inbox: Arc<Inbox>,
     mail: Buf,
     mail_armed: Cell<bool>,
+    /// Numbers of the table of buffers under which nothing is lent.
+    loans: RefCell<Vec<u16>>,
     polling: Polling,
     /// Operations on files that the kernel has not completed.
     disk_ops: Cell<usize>,
@@ -122,6 +128,7 @@ enum Keep {
     Buf(RingFile, Buf),
     Recv(Arc<OwnedFd>, Buf),
     Send(Arc<OwnedFd>, Box<Batch>),
+    Command(Arc<std::fs::File>, Option<Buf>),
 }
 
 impl Keep {
@@ -141,12 +148,16 @@ impl Ring {
             .setup_taskrun_flag()
             .setup_submit_all()
             .build(ENTRIES)?;
+        let table = uring.submitter().register_buffers_sparse(u32::from(LOANS) + 1).is_ok();
         let pool = Pool::new(|start, len| {
             let region = libc::iovec { iov_base: start.cast(), iov_len: len };
+            let at = u32::from(POOL);
             // SAFETY: the region lives as long as any slot of it, the pool keeps its slots, and
             // the ring is declared before the pool, so it is closed first.
-            unsafe { uring.submitter().register_buffers(&[region]) }.is_ok()
+            table
+                && unsafe { uring.submitter().register_buffers_update(at, &[region], None) }.is_ok()
         });
+        let loans = if table { (POOL + 1..=LOANS).rev().collect() } else { Vec::new() };
         Ok(Ring(Rc::new(Inner {
             uring: RefCell::new(uring),
             ops: RefCell::default(),
@@ -155,6 +166,7 @@ impl Ring {
             inbox,
             mail: Buf::heap(8),
             mail_armed: Cell::new(false),
+            loans: RefCell::new(loans),
             polling: Polling::new(poll),
             disk_ops: Cell::new(0),
         })))
@@ -261,6 +273,40 @@ impl Ring {
         Operation { ring: self.clone(), key: Some(key) }
     }
 
+    /// Numbers under which the kernel may lend memory to this ring; `None` when so many are not to
+    /// be had. They are given back by [`Ring::give_back`].
+    pub(crate) fn borrow_numbers(&self, count: usize) -> Option<Vec<u16>> {
+        let mut loans = self.0.loans.borrow_mut();
+        let rest = loans.len().checked_sub(count)?;
+        Some(loans.split_off(rest))
+    }
+
+    /// Gives numbers back under which nothing is lent any more.
+    pub(crate) fn give_back(&self, numbers: Vec<u16>) {
+        self.0.loans.borrow_mut().extend(numbers);
+    }
+
+    /// Gives a command to the driver behind `file`, and waits for its answer. Its address field says
+    /// where the driver may copy data from and to, until it answers.
+    pub(crate) async fn command(
+        &self,
+        file: &Arc<std::fs::File>,
+        number: u32,
+        command: [u8; 16],
+        address: Address,
+    ) -> Result<usize> {
+        let fd = types::Fd(file.as_raw_fd());
+        let mut entry = opcode::UringCmd16::new(fd, number).cmd(command).build();
+        let (value, buf) = match address {
+            Address::Number(number) => (u64::from(number), None),
+            Address::Memory(buf) => (0, Some(buf)),
+        };
+        // SAFETY: the entry is 64 bytes, 8 at offset 16 are its address field, for which the crate
+        // has no setter, and any value of it is valid.
+        unsafe { (&raw mut entry).cast::<u8>().add(16).cast::<u64>().write(value) };
+        self.start(entry, Keep::Command(file.clone(), buf)).await.0
+    }
+
     async fn file_op(&self, entry: squeue::Entry, file: &RingFile) -> Result<()> {
         let (result, _) = self.start(entry, Keep::File(file.clone())).await;
         result.map(|_| ())
@@ -311,6 +357,14 @@ impl Ring {
         }
         (Ok(()), batch)
     }
+}
+
+/// What the address field of a driver's command says.
+pub(crate) enum Address {
+    /// A number of the ring's table of buffers, or whatever else the driver takes it for.
+    Number(u16),
+    /// The command holds an address within this memory.
+    Memory(Buf),
 }
 
 /// An operation in flight.
@@ -383,10 +437,11 @@ impl Io for Ring {
         while done < buf.len() {
             let rest = buf.slice(done..buf.len());
             let (at, len) = (offset + done as u64, rest.len().min(MAX_IO) as u32);
-            let entry = if rest.is_registered() {
-                opcode::ReadFixed::new(fd, rest.as_ptr(), len, 0).offset(at).build()
-            } else {
-                opcode::Read::new(fd, rest.as_ptr(), len).offset(at).build()
+            let entry = match rest.registered() {
+                Some(index) => {
+                    opcode::ReadFixed::new(fd, rest.as_ptr(), len, index).offset(at).build()
+                }
+                None => opcode::Read::new(fd, rest.as_ptr(), len).offset(at).build(),
             };
             match self.start(entry, Keep::Buf(file.clone(), rest.clone())).await.0 {
                 Ok(0) => {
@@ -412,10 +467,11 @@ impl Io for Ring {
         while done < buf.len() {
             let rest = buf.slice(done..buf.len());
             let (at, len) = (offset + done as u64, rest.len().min(MAX_IO) as u32);
-            let entry = if rest.is_registered() {
-                opcode::WriteFixed::new(fd, rest.as_ptr(), len, 0).offset(at).build()
-            } else {
-                opcode::Write::new(fd, rest.as_ptr(), len).offset(at).build()
+            let entry = match rest.registered() {
+                Some(index) => {
+                    opcode::WriteFixed::new(fd, rest.as_ptr(), len, index).offset(at).build()
+                }
+                None => opcode::Write::new(fd, rest.as_ptr(), len).offset(at).build(),
             };
             match self.start(entry, Keep::Buf(file.clone(), rest)).await.0 {
                 Ok(0) => return Err(ErrorKind::WriteZero.into()),

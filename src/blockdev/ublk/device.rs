@@ -1,0 +1,375 @@
+//! Block devices: how they come, change hands, grow and go.
+//!
+//! ```text
+//!   add ──> params ──> queues fetch ──> start ──> /dev/ublkbN ──> stop ──> queues end ──> delete
+//!                                                   │    ^
+//!                                   hand over, kill │    │ take over: queues fetch
+//!                                                   v    │
+//!                                              requests wait in the kernel
+//! ```
+
+use std::{
+    fs::OpenOptions,
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use tokio::{sync::oneshot, task::spawn_blocking, time::timeout};
+
+use super::{
+    abi::{DeviceInfo, flag, state},
+    control::{self, Control, Stop},
+    queue::{self, Mode, Shape},
+};
+use crate::{
+    blockdev::{AnyDevice, Info},
+    error::{Context, Error, Kind, Result},
+    io::{Ring, Rings},
+};
+
+/// Bytes of the largest request with zero copy.
+const MAX_ZERO_COPY: u32 = 1 << 20;
+/// Bytes of the largest request where it is copied: each tag has so much memory of its own.
+const MAX_COPY: u32 = 128 << 10;
+/// How long the driver may take to start a device whose queues are ready.
+const START: Duration = Duration::from_secs(20);
+/// How long a device may take to notice that its former server is gone.
+const ORPHAN: Duration = Duration::from_secs(10);
+/// How long a device's node may take to appear.
+const NODE: Duration = Duration::from_secs(5);
+/// How long requests that are under way may take before a device is handed over.
+const QUIESCE: Duration = Duration::from_secs(10);
+
+/// How a block device is to be.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Options {
+    /// Its number; any otherwise.
+    pub id: Option<u32>,
+    /// Queues: each is served by one I/O thread.
+    pub queues: u16,
+    /// Requests that a queue may have under way.
+    pub depth: u16,
+    /// Never without copying, even where it could be.
+    pub copy: bool,
+    /// Made without privileges, where the driver allows that: always copies, can't be taken over.
+    pub unprivileged: bool,
+    /// The kernel looks for partitions on it.
+    pub scan: bool,
+}
+
+/// A block device that this process serves.
+pub struct BlockDevice {
+    id: u32,
+    flags: u64,
+    max_io: u32,
+    device: AnyDevice,
+    queues: Vec<oneshot::Receiver<()>>,
+}
+
+impl BlockDevice {
+    /// Makes a block device of `device`.
+    pub async fn add(
+        rings: &Arc<Rings>,
+        device: AnyDevice,
+        options: Options,
+    ) -> Result<BlockDevice> {
+        let info = device.info();
+        let made = command(options.unprivileged, move |control| {
+            let features = control.features()?;
+            let flags =
+                control::flags(features, !options.copy, options.unprivileged, options.scan)?;
+            let zero_copy = flags & flag::ZERO_COPY == flag::ZERO_COPY;
+            let made = control.add(DeviceInfo {
+                queues: options.queues,
+                depth: options.depth,
+                state: 0,
+                max_io: if zero_copy { MAX_ZERO_COPY } else { MAX_COPY },
+                id: options.id.unwrap_or(u32::MAX),
+                server: std::process::id().cast_signed(),
+                flags,
+            })?;
+            match control.set_params(made.id, info, made.max_io) {
+                Ok(()) => Ok(made),
+                Err(error) => {
+                    let _ = control.delete(made.id);
+                    Err(error)
+                }
+            }
+        })
+        .await?;
+        let mut block = BlockDevice::of(made, device);
+        let started = async {
+            block.start_queues(rings, made).await?;
+            block.waited(|control, id| control.start(id)).await
+        };
+        match started.await {
+            Ok(()) => Ok(block),
+            Err(error) => {
+                // It never was: nobody can have used it.
+                let _ = block.remove(Stop::Forced).await;
+                Err(error)
+            }
+        }
+    }
+
+    /// Takes over the device of this number, whose server has gone, or goes just now.
+    pub async fn take_over(rings: &Arc<Rings>, device: AnyDevice, id: u32) -> Result<BlockDevice> {
+        let size = device.info().size;
+        let info = command(false, move |control| {
+            let deadline = Instant::now() + ORPHAN;
+            loop {
+                let info = control.info(id)?;
+                let orphan = matches!(info.state, state::QUIESCED | state::FAIL_IO);
+                // A live one's server may be about to be missed.
+                match if orphan { control.start_recovery(id) } else { Err(busy(id, info.server)) } {
+                    Ok(()) => return Ok(info),
+                    Err(error) if error.kind() != Kind::InUse || Instant::now() > deadline => {
+                        return Err(error);
+                    }
+                    Err(_) => std::thread::sleep(Duration::from_millis(20)),
+                }
+            }
+        })
+        .await?;
+        let mut block = BlockDevice::of(info, device);
+        block.start_queues(rings, info).await?;
+        block.waited(|control, id| control.end_recovery(id)).await?;
+        // It may have grown just before the former server went.
+        block.resize(size).await?;
+        Ok(block)
+    }
+
+    fn of(info: DeviceInfo, device: AnyDevice) -> BlockDevice {
+        let DeviceInfo { id, flags, max_io, .. } = info;
+        BlockDevice { id, flags, max_io, device, queues: Vec::new() }
+    }
+
+    /// Its number.
+    pub fn id(&self) -> u32 {
+        self.id
+    }
+
+    /// The path of its node.
+    pub fn path(&self) -> String {
+        path(self.id)
+    }
+
+    /// How its data moves.
+    pub fn mode(&self) -> Mode {
+        match self.flags & flag::ZERO_COPY == flag::ZERO_COPY {
+            true => Mode::ZeroCopy,
+            false => Mode::Copy,
+        }
+    }
+
+    /// Whether another server can take it over from this one.
+    pub fn survives(&self) -> bool {
+        self.flags & flag::USER_RECOVERY != 0
+    }
+
+    /// Tells the kernel its new size, in bytes, where the kernel can be told.
+    pub async fn resize(&self, size: u64) -> Result<()> {
+        if self.flags & flag::UPDATE_SIZE == 0 {
+            let what = format!(
+                "{}: this kernel can't grow a block device in use (Linux 6.16 can); detach it and \
+                 attach it again",
+                self.path()
+            );
+            return if self.kernel_size()? == size {
+                Ok(())
+            } else {
+                Err(Error::new(Kind::Unsupported, what))
+            };
+        }
+        self.control(move |control, id| control.resize(id, size)).await
+    }
+
+    fn kernel_size(&self) -> Result<u64> {
+        let file = format!("/sys/block/ublkb{}/size", self.id);
+        let text = std::fs::read_to_string(&file).context(|| format!("reading {file}"))?;
+        Ok(text.trim().parse::<u64>().unwrap_or_default() * crate::units::SECTOR)
+    }
+
+    /// Lets go of it so that another server can take it over: its requests wait until then.
+    pub async fn hand_over(mut self) -> Result<()> {
+        if self.flags & flag::QUIESCE == 0 {
+            // The driver takes it from this process when it ends.
+            return Ok(());
+        }
+        let limit = QUIESCE.as_millis() as u64;
+        self.control(move |control, id| control.quiesce(id, limit)).await?;
+        self.ended().await
+    }
+
+    /// Removes it.
+    ///
+    /// # Errors
+    /// `InUse` while somebody has it open, unless forced; it goes on then.
+    pub async fn stop(&mut self, stop: Stop) -> Result<()> {
+        if stop == Stop::Unused {
+            let careful = self.flags & flag::SAFE_STOP_DEV != 0;
+            let path = self.path();
+            let result = match careful {
+                true => self.control(|control, id| control.stop(id, Stop::Unused)).await,
+                // No mount, no volume manager: the best that older kernels tell.
+                false => exclusive(&path),
+            };
+            result.map_err(|error| match error.kind() {
+                Kind::InUse => Error::new(
+                    Kind::InUse,
+                    format!("{path} is open: unmount it, or detach with --force"),
+                ),
+                _ => error,
+            })?;
+        }
+        self.remove(Stop::Forced).await
+    }
+
+    async fn remove(&mut self, stop: Stop) -> Result<()> {
+        match self.control(move |control, id| control.stop(id, stop)).await {
+            Err(error) if error.kind() != Kind::NotFound => return Err(error),
+            _ => {}
+        }
+        self.ended().await?;
+        match self.control(|control, id| control.delete(id)).await {
+            Err(error) if error.kind() != Kind::NotFound => Err(error),
+            _ => Ok(()),
+        }
+    }
+
+    /// Waits until nothing of the queues is left.
+    async fn ended(&mut self) -> Result<()> {
+        let path = self.path();
+        let all = futures_util::future::join_all(self.queues.drain(..));
+        timeout(ORPHAN, all).await.map(|_| ()).map_err(|_| {
+            Error::new(Kind::Unavailable, format!("{path}: its queues don't end; a disk hangs"))
+        })
+    }
+
+    async fn start_queues(&mut self, rings: &Arc<Rings>, info: DeviceInfo) -> Result<()> {
+        let node = format!("/dev/ublkc{}", self.id);
+        let file = spawn_blocking(move || {
+            let deadline = Instant::now() + NODE;
+            loop {
+                match OpenOptions::new().read(true).write(true).open(&node) {
+                    Ok(file) => return Ok(file),
+                    Err(_) if Instant::now() < deadline => {
+                        std::thread::sleep(Duration::from_millis(5));
+                    }
+                    Err(error) => return Err(Error::io(format!("opening {node}"), error)),
+                }
+            }
+        });
+        let file = Arc::new(file.await.map_err(|_| stopped())??);
+        for queue in 0..info.queues {
+            let shape = Shape {
+                name: self.path(),
+                file: file.clone(),
+                queue,
+                depth: info.depth,
+                max_io: self.max_io,
+                mode: self.mode(),
+            };
+            let (ready, is_ready) = oneshot::channel();
+            let (ended, has_ended) = oneshot::channel();
+            self.queues.push(has_ended);
+            let device = self.device.clone();
+            rings.spawn(rings.pick(), move |ring: Ring| async move {
+                match device {
+                    AnyDevice::Base(base) => queue::serve(ring, shape, base, ready, ended).await,
+                    AnyDevice::Replica(replica) => {
+                        queue::serve(ring, shape, replica, ready, ended).await;
+                    }
+                }
+            });
+            is_ready.await.map_err(|_| stopped())??;
+        }
+        Ok(())
+    }
+
+    /// Gives a command that waits for the queues, which may have failed.
+    async fn waited(
+        &self,
+        give: impl FnOnce(&mut Control, u32) -> Result<()> + Send + 'static,
+    ) -> Result<()> {
+        let path = self.path();
+        timeout(START, self.control(give)).await.unwrap_or_else(|_| {
+            Err(Error::new(Kind::Unavailable, format!("{path}: the driver does not start it")))
+        })
+    }
+
+    async fn control<T: Send + 'static>(
+        &self,
+        give: impl FnOnce(&mut Control, u32) -> Result<T> + Send + 'static,
+    ) -> Result<T> {
+        let id = self.id;
+        command(self.flags & flag::UNPRIVILEGED_DEV != 0, move |control| give(control, id)).await
+    }
+}
+
+/// The block device of this number.
+pub fn path(id: u32) -> String {
+    format!("/dev/ublkb{id}")
+}
+
+/// Whether the driver knows a device of this number that waits for a server: one that a former
+/// process of this daemon served.
+pub async fn is_orphan(id: u32) -> Result<bool> {
+    let found = command(false, move |control| control.info(id)).await;
+    match found {
+        Ok(info) => Ok(info.flags & flag::USER_RECOVERY != 0 && info.state != 0),
+        Err(error) if matches!(error.kind(), Kind::NotFound | Kind::Unsupported) => Ok(false),
+        Err(error) => Err(error),
+    }
+}
+
+/// What the driver can do, as flags; for `underlay doctor`.
+///
+/// # Errors
+/// With the reason why there are no block devices to be had, and the remedy.
+pub fn features() -> Result<u64> {
+    Control::open(false)?.features()
+}
+
+/// Whether a driver of these features serves devices without copying.
+pub fn can_zero_copy(features: u64) -> bool {
+    features & flag::ZERO_COPY == flag::ZERO_COPY
+}
+
+/// Runs a command that waits in the kernel.
+async fn command<T: Send + 'static>(
+    unprivileged: bool,
+    give: impl FnOnce(&mut Control) -> Result<T> + Send + 'static,
+) -> Result<T> {
+    spawn_blocking(move || give(&mut Control::open(unprivileged)?)).await.map_err(|_| stopped())?
+}
+
+fn exclusive(path: &str) -> Result<()> {
+    use std::os::unix::fs::OpenOptionsExt;
+    match OpenOptions::new().read(true).custom_flags(libc::O_EXCL).open(path) {
+        Ok(_) => Ok(()),
+        Err(error) if error.raw_os_error() == Some(libc::EBUSY) => {
+            Err(Error::new(Kind::InUse, path))
+        }
+        Err(error) => Err(Error::io(format!("opening {path}"), error)),
+    }
+}
+
+fn busy(id: u32, server: i32) -> Error {
+    Error::new(Kind::InUse, format!("{} is served by process {server}", path(id)))
+}
+
+fn stopped() -> Error {
+    Error::new(Kind::Unavailable, "the daemon is stopping")
+}
+
+impl Options {
+    /// Checks what the user asked for.
+    pub fn check(&self, _info: Info) -> Result<()> {
+        if !(1..=64).contains(&self.queues) || !(1..=1024).contains(&self.depth) {
+            let what = "a block device has 1 to 64 queues of 1 to 1024 requests";
+            return Err(Error::new(Kind::Invalid, what));
+        }
+        Ok(())
+    }
+}

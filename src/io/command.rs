@@ -1,0 +1,66 @@
+//! Commands of drivers, given through a ring of their own, one at a time, and waited for.
+
+use std::{
+    fs::File,
+    io::{Error, ErrorKind, Result},
+    os::fd::AsRawFd,
+};
+
+use io_uring::{IoUring, cqueue, opcode, squeue, types};
+
+/// Bytes of a command.
+pub const COMMAND: usize = 80;
+
+/// What a command is about: bytes that the driver reads, or writes.
+pub struct Operand<'a> {
+    /// The bytes.
+    pub bytes: &'a mut [u8],
+    /// Where in the command their number is told, 16 bits.
+    pub length_at: usize,
+    /// Where in the command their address is told, 64 bits.
+    pub address_at: usize,
+}
+
+/// A ring for commands. It waits in the kernel: not for threads that serve guests.
+pub struct Commands {
+    ring: IoUring<squeue::Entry128, cqueue::Entry>,
+}
+
+impl Commands {
+    /// Makes the ring.
+    pub fn new() -> Result<Commands> {
+        Ok(Commands { ring: IoUring::builder().build(2)? })
+    }
+
+    /// Gives `command` to the driver behind `file` and waits for its answer, 0 or more. The driver
+    /// may read and write the operand, whose length and address are put into the command.
+    pub fn run(
+        &mut self,
+        file: &File,
+        number: u32,
+        mut command: [u8; COMMAND],
+        operand: Option<Operand<'_>>,
+    ) -> Result<u32> {
+        if let Some(Operand { bytes, length_at, address_at }) = operand {
+            let len = u16::try_from(bytes.len()).map_err(|_| ErrorKind::InvalidInput)?;
+            command[length_at..length_at + 2].copy_from_slice(&len.to_ne_bytes());
+            let address = bytes.as_mut_ptr() as u64;
+            command[address_at..address_at + 8].copy_from_slice(&address.to_ne_bytes());
+        }
+        let entry = opcode::UringCmd80::new(types::Fd(file.as_raw_fd()), number).cmd(command);
+        // SAFETY: the file is open and the operand lives until the command has ended, which is waited
+        // for below, come what may; the ring holds nothing else.
+        unsafe { self.ring.submission().push(&entry.build()) }
+            .map_err(|_| Error::from(ErrorKind::WouldBlock))?;
+        let answer = loop {
+            match self.ring.submit_and_wait(1) {
+                Err(error) if error.raw_os_error() != Some(libc::EINTR) => return Err(error),
+                _ => {}
+            }
+            if let Some(answer) = self.ring.completion().next() {
+                break answer.result();
+            }
+        };
+        u32::try_from(answer).map_err(|_| Error::from_raw_os_error(-answer))
+    }
+}
