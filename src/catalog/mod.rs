@@ -28,6 +28,7 @@
 //!
 //! Everything blocks. `docs/catalogue.md` gives the files.
 
+mod attachment;
 mod claims;
 mod dir;
 mod disk;
@@ -49,6 +50,7 @@ mod view;
 #[cfg(test)]
 mod tests;
 
+pub use attachment::{Attachment, Target, Via};
 pub use disk::HOME;
 pub use disks::{DiskOptions, Forgotten, Placement};
 pub use fsck::Repair;

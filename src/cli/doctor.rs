@@ -24,6 +24,7 @@ use super::{
     size,
 };
 use crate::{
+    blockdev::ublk::device as ublk_device,
     control::paths::Paths,
     error::{Context, Error, Kind, Result},
     io::{Io, RingFile, Rings},
@@ -227,9 +228,20 @@ async fn daemon(setting: &Setting) -> Finding {
 }
 
 fn ublk() -> Finding {
-    match Path::new("/dev/ublk-control").exists() {
-        true => Finding::ok("ublk", "/dev/ublk-control; this version does not use it yet"),
-        false => Finding::missing("ublk", "no /dev/ublk-control", "devices are served over NBD"),
+    match ublk_device::features() {
+        Ok(features) if ublk_device::can_zero_copy(features) => {
+            Finding::ok("ublk", format!("features {features:#x}: block devices without copying"))
+        }
+        Ok(features) => Finding::missing(
+            "ublk",
+            format!("features {features:#x}"),
+            "block devices copy their data (Linux 6.16 need not)",
+        ),
+        Err(error) => Finding::missing(
+            "ublk",
+            error.to_string(),
+            "no `underlay attach`; clients connect to the NBD socket",
+        ),
     }
 }
 

@@ -6,6 +6,7 @@
 pub mod out;
 pub mod size;
 
+mod attach;
 mod demo;
 mod disk;
 mod doctor;
@@ -63,6 +64,8 @@ enum Command {
     Image(image::Image),
     #[command(subcommand)]
     Replica(replica::Replica),
+    Attach(attach::Attach),
+    Detach(attach::Detach),
     Status(status::Status),
     Fsck(fsck::Fsck),
     Doctor(doctor::Doctor),
@@ -129,6 +132,8 @@ fn dispatch(command: Command, setting: Setting) -> Result<Outcome> {
             Command::Disk(command) => command.run(&setting).await,
             Command::Image(command) => command.run(&setting).await,
             Command::Replica(command) => command.run(&setting).await,
+            Command::Attach(command) => command.run(&setting).await,
+            Command::Detach(command) => command.run(&setting).await,
             Command::Status(command) => command.run(&setting).await,
             Command::Fsck(command) => command.run(&setting).await,
             Command::Doctor(command) => command.run(&setting).await,

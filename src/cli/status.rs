@@ -2,7 +2,7 @@
 
 use clap::Args;
 
-use super::{Outcome, Setting, disk, image, out::facts, replica, size};
+use super::{Outcome, Setting, attach, disk, image, out::facts, replica, size};
 use crate::{control::api, error::Result};
 
 /// Show disks, images, replicas, what is stored, and what is saved against a copy per disk.
@@ -23,8 +23,12 @@ fn text(status: &api::Status) -> String {
         disk::table(&status.disks),
         image::table(&status.images),
         replica::table(&status.replicas),
+        attach::table(&status.attachments),
         totals(status),
     ]
+    .into_iter()
+    .filter(|part| !part.is_empty())
+    .collect::<Vec<_>>()
     .join("\n")
 }
 

@@ -8,7 +8,7 @@ use std::path::PathBuf;
 use serde::{Deserialize, Serialize};
 use utoipa::{IntoParams, ToSchema};
 
-use crate::catalog::{DiskStatus, ImageStatus, NodeStatus, ReplicaStatus, Tier};
+use crate::catalog::{DiskStatus, ImageStatus, NodeStatus, ReplicaStatus, Tier, Via};
 
 /// A disk to add.
 #[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
@@ -180,6 +180,63 @@ pub struct Status {
     pub images: Vec<ImageView>,
     /// Every replica.
     pub replicas: Vec<ReplicaView>,
+    /// Every block device.
+    pub attachments: Vec<AttachmentView>,
+}
+
+/// An export to make a block device of.
+#[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Attach {
+    /// `image/NAME` or `replica/NAME`.
+    #[schema(example = "replica/vm1")]
+    pub export: String,
+    /// What makes the block device; ublk otherwise.
+    pub via: Option<Via>,
+    /// Queues, each served by one I/O thread.
+    pub queues: Option<u16>,
+    /// Requests that a queue may have under way.
+    pub depth: Option<u16>,
+    /// Copy data between kernel and daemon, also where that isn't needed.
+    #[serde(default)]
+    pub copy: bool,
+    /// Make the device without privileges.
+    #[serde(default)]
+    pub unprivileged: bool,
+    /// Have the kernel look for partitions.
+    #[serde(default)]
+    pub scan: bool,
+}
+
+/// A block device to remove.
+#[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Detach {
+    /// `image/NAME`, `replica/NAME`, or the device's path.
+    pub what: String,
+    /// Also while it is open.
+    #[serde(default)]
+    pub force: bool,
+}
+
+/// An export that is a block device.
+#[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
+pub struct AttachmentView {
+    /// `image/NAME` or `replica/NAME`.
+    pub export: String,
+    /// The device's path.
+    #[schema(value_type = String, example = "/dev/ublkb0")]
+    pub device: PathBuf,
+    /// What makes it.
+    pub via: Via,
+    /// Queues.
+    pub queues: u16,
+    /// Requests that a queue may have under way.
+    pub depth: u16,
+    /// Whether data moves without being copied by the daemon; unknown while it waits.
+    pub zero_copy: Option<bool>,
+    /// Why its requests wait, if they do.
+    pub waiting: Option<String>,
 }
 
 /// The daemon itself.

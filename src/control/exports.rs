@@ -86,7 +86,7 @@ impl Exports {
     }
 
     /// The image of this name or digest as an export.
-    async fn open_image(&self, name: Name) -> Result<Arc<Export>> {
+    pub async fn open_image(&self, name: Name) -> Result<Arc<Export>> {
         let node = self.node.clone();
         let status = blocking(move || node.image(&name)).await?;
         let name = status.names.first().map_or_else(|| status.digest.to_string(), Name::to_string);
@@ -128,12 +128,12 @@ impl Exports {
         Ok(self.opened(&mut slot, status).await?.export.clone())
     }
 
-    /// Grows a replica, open or not.
-    pub async fn resize_replica(&self, name: Name, size: u64) -> Result<()> {
+    /// Grows a replica, open or not; its id.
+    pub async fn resize_replica(&self, name: Name, size: u64) -> Result<Uuid> {
         let status = self.replica_status(name).await?;
         let slot = self.slot(status.id);
         let mut slot = slot.lock().await;
-        let name = status.name.clone();
+        let (name, id) = (status.name.clone(), status.id);
         let replica = self.opened(&mut slot, status).await?.replica.clone();
         let now = replica.overlay().size();
         if size < now || !size.is_multiple_of(crate::units::SECTOR) {
@@ -149,7 +149,8 @@ impl Exports {
             self.run(move |ring| async move { replica.overlay().resize(&ring, size).await });
         grown.await.map_err(|error| error.within(format!("replica {name}")))?;
         let node = self.node.clone();
-        blocking(move || node.set_replica_size(&name, size)).await
+        blocking(move || node.set_replica_size(&name, size)).await?;
+        Ok(id)
     }
 
     /// Removes a replica, unless somebody uses it; `clients` names who does.

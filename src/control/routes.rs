@@ -55,6 +55,8 @@ pub fn router(service: Arc<Service>) -> Router {
         .route("/v1/replicas", get(list_replicas).post(create_replica))
         .route("/v1/replicas/{name}", get(inspect_replica).delete(remove_replica))
         .route("/v1/replicas/{name}/resize", post(resize_replica))
+        .route("/v1/attachments", get(list_attachments).post(attach))
+        .route("/v1/attachments/detach", post(detach))
         .route("/v1/fsck", post(fsck))
         .route("/openapi.json", get(openapi))
         .route("/metrics", get(metrics))
@@ -95,6 +97,9 @@ pub fn router(service: Arc<Service>) -> Router {
         inspect_replica,
         remove_replica,
         resize_replica,
+        list_attachments,
+        attach,
+        detach,
         fsck,
         metrics,
         openapi
@@ -263,6 +268,27 @@ async fn resize_replica(
     Input(resize): Input<Resize>,
 ) -> Answer<ReplicaView> {
     Ok(Json(service.resize_replica(name, resize.size).await?))
+}
+
+/// Every export that is a block device of this host.
+#[utoipa::path(get, path = "/v1/attachments",
+    responses((status = 200, body = Vec<AttachmentView>)))]
+async fn list_attachments(State(service): Node) -> Answer<Vec<AttachmentView>> {
+    Ok(Json(service.attachments().await))
+}
+
+/// Makes a block device of an export. One that is attached already stays as it is.
+#[utoipa::path(post, path = "/v1/attachments", request_body = Attach,
+    responses((status = 200, body = AttachmentView), (status = "4XX", body = Refusal)))]
+async fn attach(State(service): Node, Input(attach): Input<Attach>) -> Answer<AttachmentView> {
+    Ok(Json(service.attach(attach).await?))
+}
+
+/// Removes a block device. One that is open is refused, unless forced.
+#[utoipa::path(post, path = "/v1/attachments/detach", request_body = Detach,
+    responses((status = 200, body = AttachmentView), (status = "4XX", body = Refusal)))]
+async fn detach(State(service): Node, Input(detach): Input<Detach>) -> Answer<AttachmentView> {
+    Ok(Json(service.detach(detach).await?))
 }
 
 /// Looks for what a crash can leave behind, and mends it if asked to.

@@ -15,13 +15,14 @@ use std::{
 use uuid::Uuid;
 
 use crate::{
-    blockdev::nbd,
+    blockdev::{nbd, ublk::Stop},
     catalog::{
         self, DiskOptions, DiskStatus, FsckReport, ImageStatus, Name, NewReplica, Node, Placement,
-        Repair, ReplicaStatus,
+        Repair, ReplicaStatus, Target,
     },
     control::{
         api::*,
+        attachments::Attachments,
         config::Config,
         exports::{Caches, Exports, IMAGE, REPLICA},
         job::Jobs,
@@ -42,6 +43,7 @@ const THREADS: usize = 8;
 pub struct Service {
     node: Node,
     exports: Arc<Exports>,
+    attachments: Arc<Attachments>,
     server: nbd::Server,
     metrics: Metrics,
     jobs: Jobs,
@@ -74,10 +76,13 @@ impl Service {
         let exports = Arc::new(Exports::new(node.clone(), rings.clone(), caching));
         let listener = tokio::net::UnixListener::from_std(socket.listener()?)
             .context(|| "listening on the NBD socket")?;
+        let attachments =
+            Attachments::restore(node.clone(), rings.clone(), exports.clone()).await?;
         let server = nbd::Server::start(listener, rings, exports.clone());
         Ok(Arc::new(Service {
             node,
             exports,
+            attachments: Arc::new(attachments),
             server,
             metrics: Metrics::default(),
             jobs: Jobs::default(),
@@ -116,6 +121,11 @@ impl Service {
         }
     }
 
+    /// Lets go of the block devices: their requests wait for the next daemon.
+    pub async fn hand_over(&self) -> Vec<Error> {
+        self.attachments.hand_over().await
+    }
+
     /// Flushes and closes what is open. What could not be closed, and why.
     pub async fn close(&self, limit: Duration) -> Vec<Error> {
         self.exports.close(limit).await
@@ -137,6 +147,7 @@ impl Service {
             disks,
             images: self.images().await?,
             replicas: self.replicas().await?,
+            attachments: self.attachments.list().await,
         })
     }
 
@@ -199,7 +210,9 @@ impl Service {
 
     pub(super) fn image_view(&self, status: ImageStatus) -> ImageView {
         let clients = |name: &Name| self.server.clients(&format!("{IMAGE}{name}"));
-        ImageView { clients: status.names.iter().flat_map(clients).collect(), status }
+        let mut clients: Vec<_> = status.names.iter().flat_map(clients).collect();
+        clients.extend(self.attachments.devices(Target::Image(status.digest)));
+        ImageView { clients, status }
     }
 
     /// Prepares an import: what is wrong with the request itself is told before any content is read.
@@ -294,9 +307,11 @@ impl Service {
 
     fn replica_view(&self, status: ReplicaStatus, poisoned: Option<String>) -> ReplicaView {
         let export = format!("{REPLICA}{}", status.name);
+        let mut clients = self.server.clients(&export);
+        clients.extend(self.attachments.devices(Target::Replica(status.id)));
         let created_in = locked(&self.created_in).get(&status.id).copied();
         ReplicaView {
-            clients: self.server.clients(&export),
+            clients,
             export,
             poisoned,
             created_in_ms: created_in.map(|took| took.as_secs_f64() * 1000.0),
@@ -332,7 +347,11 @@ impl Service {
         let (service, by) = (self.clone(), name.clone());
         let removal = async move {
             let status = service.replica(by).await?.status;
-            let clients = |export: &str| service.server.clients(export);
+            let clients = |export: &str| {
+                let mut clients = service.server.clients(export);
+                clients.extend(service.attachments.devices(Target::Replica(status.id)));
+                clients
+            };
             let removed = service.exports.remove_replica(&status, clients).await?;
             locked(&service.created_in).remove(&status.id);
             Ok(removed)
@@ -358,9 +377,32 @@ impl Service {
     /// Grows a replica.
     pub async fn resize_replica(&self, name: Name, size: u64) -> Result<ReplicaView> {
         let (exports, by) = (self.exports.clone(), name.clone());
-        to_the_end(async move { exports.resize_replica(by, size).await }).await?;
+        let attachments = self.attachments.clone();
+        to_the_end(async move {
+            let id = exports.resize_replica(by, size).await?;
+            attachments.grown(id, size).await
+        })
+        .await?;
         tracing::info!(replica = %name, size, "replica resized");
         self.replica(name).await
+    }
+
+    /// Every export that is a block device.
+    pub async fn attachments(&self) -> Vec<AttachmentView> {
+        self.attachments.list().await
+    }
+
+    /// Makes a block device of an export.
+    pub async fn attach(&self, attach: Attach) -> Result<AttachmentView> {
+        let attachments = self.attachments.clone();
+        to_the_end(async move { attachments.attach(attach).await }).await
+    }
+
+    /// Removes a block device.
+    pub async fn detach(&self, detach: Detach) -> Result<AttachmentView> {
+        let attachments = self.attachments.clone();
+        let stop = if detach.force { Stop::Forced } else { Stop::Unused };
+        to_the_end(async move { attachments.detach(&detach.what, stop).await }).await
     }
 
     /// Looks for what is inconsistent, and mends it if asked to.

@@ -59,6 +59,7 @@ pub(super) mod flag {
 
 /// States of a device.
 pub(super) mod state {
+    pub(crate) const DEAD: u16 = 0;
     pub(crate) const QUIESCED: u16 = 2;
     pub(crate) const FAIL_IO: u16 = 3;
 }
@@ -116,6 +117,8 @@ pub(super) struct DeviceInfo {
     /// The process that serves it.
     pub(super) server: i32,
     pub(super) flags: u64,
+    /// What its maker marked it with; the driver does not care.
+    pub(super) mark: u64,
 }
 
 impl DeviceInfo {
@@ -130,24 +133,32 @@ impl DeviceInfo {
         bytes[12..16].copy_from_slice(&self.id.to_ne_bytes());
         bytes[16..20].copy_from_slice(&self.server.to_ne_bytes());
         bytes[24..32].copy_from_slice(&self.flags.to_ne_bytes());
+        bytes[32..40].copy_from_slice(&self.mark.to_ne_bytes());
         bytes
     }
 
     pub(super) fn decode(bytes: &[u8; DeviceInfo::BYTES]) -> DeviceInfo {
-        let u16_at = |at: usize| u16::from_ne_bytes([bytes[at], bytes[at + 1]]);
-        let u32_at = |at: usize| u32::from(u16_at(at)) | u32::from(u16_at(at + 2)) << 16;
-        let mut flags = [0; 8];
-        flags.copy_from_slice(&bytes[24..32]);
+        let u16_at = |at| u16::from_ne_bytes(part(bytes, at));
+        let u32_at = |at| u32::from_ne_bytes(part(bytes, at));
+        let u64_at = |at| u64::from_ne_bytes(part(bytes, at));
         DeviceInfo {
             queues: u16_at(0),
             depth: u16_at(2),
             state: u16_at(4),
             max_io: u32_at(8),
             id: u32_at(12),
-            server: u32_at(16).cast_signed(),
-            flags: u64::from_ne_bytes(flags),
+            server: i32::from_ne_bytes(part(bytes, 16)),
+            flags: u64_at(24),
+            mark: u64_at(32),
         }
     }
+}
+
+/// The `N` bytes at `at`.
+fn part<const N: usize>(bytes: &[u8], at: usize) -> [u8; N] {
+    let mut part = [0; N];
+    part.copy_from_slice(&bytes[at..at + N]);
+    part
 }
 
 /// The parameters of a device like `info`, whose requests have `max_io` bytes at most.
@@ -221,8 +232,8 @@ impl Request {
         let at = usize::from(tag) * DESCRIPTOR;
         // Two 32-bit fields share a word, in the machine's order.
         let bytes = word(at).to_ne_bytes();
-        let flags = u64::from(u32::from_ne_bytes([bytes[0], bytes[1], bytes[2], bytes[3]]));
-        let sectors = u64::from(u32::from_ne_bytes([bytes[4], bytes[5], bytes[6], bytes[7]]));
+        let flags = u64::from(u32::from_ne_bytes(part(&bytes, 0)));
+        let sectors = u64::from(u32::from_ne_bytes(part(&bytes, 4)));
         let operation = match flags as u8 {
             0 => Operation::Read,
             1 => Operation::Write,
@@ -266,6 +277,7 @@ mod tests {
             id: 0x0102_0304,
             server: -5,
             flags: 0x0123_4567_89ab_cdef,
+            mark: u64::MAX - 1,
         };
         assert_eq!(DeviceInfo::decode(&info.encode()), info);
     }

@@ -22,7 +22,7 @@ use super::{
     queue::{self, Mode, Shape},
 };
 use crate::{
-    blockdev::{AnyDevice, Info},
+    blockdev::AnyDevice,
     error::{Context, Error, Kind, Result},
     io::{Ring, Rings},
 };
@@ -43,8 +43,10 @@ const QUIESCE: Duration = Duration::from_secs(10);
 /// How a block device is to be.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Options {
-    /// Its number; any otherwise.
-    pub id: Option<u32>,
+    /// Its number.
+    pub id: u32,
+    /// What its maker knows it by: only a device of this mark is taken over.
+    pub mark: u64,
     /// Queues: each is served by one I/O thread.
     pub queues: u16,
     /// Requests that a queue may have under way.
@@ -84,9 +86,10 @@ impl BlockDevice {
                 depth: options.depth,
                 state: 0,
                 max_io: if zero_copy { MAX_ZERO_COPY } else { MAX_COPY },
-                id: options.id.unwrap_or(u32::MAX),
+                id: options.id,
                 server: std::process::id().cast_signed(),
                 flags,
+                mark: options.mark,
             })?;
             match control.set_params(made.id, info, made.max_io) {
                 Ok(()) => Ok(made),
@@ -113,12 +116,20 @@ impl BlockDevice {
     }
 
     /// Takes over the device of this number, whose server has gone, or goes just now.
-    pub async fn take_over(rings: &Arc<Rings>, device: AnyDevice, id: u32) -> Result<BlockDevice> {
+    pub async fn take_over(
+        rings: &Arc<Rings>,
+        device: AnyDevice,
+        id: u32,
+        mark: u64,
+    ) -> Result<BlockDevice> {
         let size = device.info().size;
         let info = command(false, move |control| {
             let deadline = Instant::now() + ORPHAN;
             loop {
                 let info = control.info(id)?;
+                if info.mark != mark {
+                    return Err(busy(id, info.server));
+                }
                 let orphan = matches!(info.state, state::QUIESCED | state::FAIL_IO);
                 // A live one's server may be about to be missed.
                 match if orphan { control.start_recovery(id) } else { Err(busy(id, info.server)) } {
@@ -312,15 +323,39 @@ pub fn path(id: u32) -> String {
     format!("/dev/ublkb{id}")
 }
 
-/// Whether the driver knows a device of this number that waits for a server: one that a former
-/// process of this daemon served.
-pub async fn is_orphan(id: u32) -> Result<bool> {
-    let found = command(false, move |control| control.info(id)).await;
-    match found {
-        Ok(info) => Ok(info.flags & flag::USER_RECOVERY != 0 && info.state != 0),
-        Err(error) if matches!(error.kind(), Kind::NotFound | Kind::Unsupported) => Ok(false),
+/// What the driver has under a number.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Found {
+    /// No device.
+    Nothing,
+    /// The device of this mark, which can be taken over.
+    Ours,
+    /// What is left of it: it never started, or can't be taken over.
+    Remains,
+    /// Somebody else's.
+    Foreign,
+}
+
+/// Looks for the device of this number and mark.
+pub async fn find(id: u32, mark: u64) -> Result<Found> {
+    match command(false, move |control| control.info(id)).await {
+        Ok(info) if info.mark != mark => Ok(Found::Foreign),
+        Ok(info) if info.state != state::DEAD && info.flags & flag::USER_RECOVERY != 0 => {
+            Ok(Found::Ours)
+        }
+        Ok(_) => Ok(Found::Remains),
+        Err(error) if error.kind() == Kind::NotFound => Ok(Found::Nothing),
         Err(error) => Err(error),
     }
+}
+
+/// Removes a device that no server has.
+pub async fn clear(id: u32) -> Result<()> {
+    command(false, move |control| {
+        let _ = control.stop(id, Stop::Forced);
+        control.delete(id)
+    })
+    .await
 }
 
 /// What the driver can do, as flags; for `underlay doctor`.
@@ -365,7 +400,7 @@ fn stopped() -> Error {
 
 impl Options {
     /// Checks what the user asked for.
-    pub fn check(&self, _info: Info) -> Result<()> {
+    pub fn check(&self) -> Result<()> {
         if !(1..=64).contains(&self.queues) || !(1..=1024).contains(&self.depth) {
             let what = "a block device has 1 to 64 queues of 1 to 1024 requests";
             return Err(Error::new(Kind::Invalid, what));
