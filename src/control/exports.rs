@@ -27,7 +27,7 @@ use crate::{
         nbd::{Export, Exports as Offered},
     },
     catalog::{Digest, Name, Node, Removed, ReplicaStatus, Tier},
-    control::{config::Caching, service::blocking},
+    control::{config::Caching, service::blocking, tails::Tails},
     cow::Overlay,
     error::{Context, Error, Kind, Result},
     image::ChunkTable,
@@ -48,6 +48,7 @@ pub struct Exports {
     node: Node,
     rings: Arc<Rings>,
     caching: Caches,
+    tails: Option<Tails>,
     bases: Mutex<HashMap<Digest, Slot<Weak<Base>>>>,
     replicas: Mutex<HashMap<Uuid, Slot<Option<Opened>>>>,
 }
@@ -81,8 +82,9 @@ impl Opened {
 
 impl Exports {
     /// An empty table for `node`, whose devices are served by `rings`.
-    pub fn new(node: Node, rings: Arc<Rings>, caching: Caches) -> Exports {
-        Exports { node, rings, caching, bases: Mutex::default(), replicas: Mutex::default() }
+    /// Where replicas' tails are kept is `tails`.
+    pub fn new(node: Node, rings: Arc<Rings>, caching: Caches, tails: Option<Tails>) -> Exports {
+        Exports { node, rings, caching, tails, bases: Mutex::default(), replicas: Mutex::default() }
     }
 
     /// The image of this name or digest as an export.
@@ -176,6 +178,9 @@ impl Exports {
         let removed = blocking(move || node.remove_replica(&id)).await?;
         *slot = None;
         locked(&self.replicas).remove(&status.id);
+        if let Some(tails) = &self.tails {
+            tails.remove(status.id);
+        }
         Ok(removed)
     }
 
@@ -249,8 +254,12 @@ impl Exports {
         let (node, caching, by) = (self.node.clone(), self.caching.overlays, name.clone());
         let files = blocking(move || open_files(&node, &by, caching)).await?;
         let Files { id, data, data_len, map, rotational } = files;
+        let tail = match self.tails.clone() {
+            Some(tails) => blocking(move || tails.open(id)).await?,
+            None => None,
+        };
         let overlay = self
-            .run(move |ring| async move { Overlay::open(&ring, data, map, id).await })
+            .run(move |ring| async move { Overlay::open(&ring, data, map, id, tail).await })
             .await
             .map_err(|error| error.within(format!("replica {name}")))?;
         if data_len < overlay.size() {

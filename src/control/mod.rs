@@ -29,6 +29,7 @@ mod exports;
 mod job;
 mod metrics;
 mod routes;
+mod tails;
 mod upload;
 mod work;
 

@@ -28,6 +28,7 @@ use crate::{
         job::Jobs,
         metrics::Metrics,
         socket::Socket,
+        tails::Tails,
         work::{Import, Verify},
     },
     cow::Overlay,
@@ -73,7 +74,8 @@ impl Service {
              `underlay doctor`)"
         })?);
         let caching = Caches { images: config.image_io, overlays: config.overlay_io };
-        let exports = Arc::new(Exports::new(node.clone(), rings.clone(), caching));
+        let tails = Tails::beside(&config.socket);
+        let exports = Arc::new(Exports::new(node.clone(), rings.clone(), caching, tails));
         let listener = tokio::net::UnixListener::from_std(socket.listener()?)
             .context(|| "listening on the NBD socket")?;
         let attachments =

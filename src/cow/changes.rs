@@ -24,6 +24,7 @@ use bitvec::vec::BitVec;
 use super::{
     format::{BLOCKS_PER_PAGE, MAX_RUN, RUNS_PER_RECORD, Run, State, WORDS},
     map::Map,
+    tail::Tail,
 };
 
 /// Pending runs past which one of the writers commits, while the others go on: half of what a new
@@ -38,6 +39,8 @@ pub struct Changes {
     pending: Mutex<Pending>,
     /// `runs.len()` of the list, to be read without its lock.
     count: AtomicUsize,
+    /// The list, and what a commit has taken of it and not made durable yet, for the next process.
+    tail: Tail,
 }
 
 #[derive(Default)]
@@ -55,6 +58,8 @@ pub struct Taken {
     pub runs: Vec<Run>,
     /// Blocks that turned from data to zero: once that is durable their space is given back.
     pub punch: Vec<Range<u64>>,
+    /// Where they end in the tail.
+    pub end: u64,
 }
 
 /// The pages that a checkpoint has yet to write, as they were when it began.
@@ -102,11 +107,41 @@ impl Changes {
     /// The changes of an overlay just opened: `map` is what its disk holds.
     ///
     /// `stale` are the pages of each area that are, or may be, on disk otherwise than in `map`;
-    /// `punch` are blocks whose space may not have been given back.
-    pub fn new(map: Map, stale: [BitVec; 2], punch: Vec<Range<u64>>) -> Changes {
-        let taken = Taken { runs: Vec::new(), punch };
-        let pending = Pending { taken, dirty: stale, frozen: None };
-        Changes { map, pending: Mutex::new(pending), count: AtomicUsize::new(0) }
+    /// `punch` are blocks whose space may not have been given back; `lately` are the changes that
+    /// the tail has already, in order, and no disk.
+    pub fn new(
+        map: Map,
+        stale: [BitVec; 2],
+        punch: Vec<Range<u64>>,
+        tail: Tail,
+        lately: Vec<Run>,
+    ) -> Changes {
+        let taken = Taken { punch, ..Taken::default() };
+        let mut pending = Pending { taken, dirty: stale, frozen: None };
+        for run in lately {
+            let blocks = run.start..run.end();
+            if run.state == State::Zero {
+                pending.taken.punch_later(blocks.clone());
+            }
+            pending.change(&map, blocks, run.state);
+        }
+        let count = AtomicUsize::new(pending.taken.runs.len());
+        Changes { map, pending: Mutex::new(pending), count, tail }
+    }
+
+    /// The session in whose name commits are made.
+    pub fn session(&self) -> u64 {
+        self.tail.session()
+    }
+
+    /// What was taken up to `end` is durable.
+    pub fn settled(&self, end: u64) {
+        self.tail.drop_before(end);
+    }
+
+    /// What is not durable is lost: nobody is to find it.
+    pub fn void(&self) {
+        self.tail.void();
     }
 
     /// The states as they are now.
@@ -125,6 +160,7 @@ impl Changes {
             return;
         }
         let mut pending = self.pending();
+        self.keep(blocks.clone(), State::Data);
         pending.change(&self.map, blocks, State::Data);
         self.count.store(pending.taken.runs.len(), Ordering::Relaxed);
     }
@@ -136,6 +172,7 @@ impl Changes {
             let (state, end) = self.map.run(block..blocks.end);
             if state == State::Data || state == State::Base && over == Over::Everything {
                 let mut pending = self.pending();
+                self.keep(block..end, State::Zero);
                 pending.change(&self.map, block..end, State::Zero);
                 if state == State::Data {
                     pending.taken.punch_later(block..end);
@@ -154,7 +191,8 @@ impl Changes {
             Need::Room(_) if runs == 0 => return Capture::Nothing,
             Need::Room(room) if runs <= room => {
                 self.count.store(0, Ordering::Relaxed);
-                return Capture::Records(std::mem::take(&mut pending.taken));
+                let taken = std::mem::take(&mut pending.taken);
+                return Capture::Records(Taken { end: self.tail.end(), ..taken });
             }
             _ => {}
         }
@@ -162,7 +200,7 @@ impl Changes {
         let pages = left.iter_ones().map(|page| page as u64).collect();
         pending.frozen = Some(Frozen { left, saved: HashMap::new() });
         self.count.store(0, Ordering::Relaxed);
-        let taken = std::mem::take(&mut pending.taken);
+        let taken = Taken { end: self.tail.end(), ..std::mem::take(&mut pending.taken) };
         Capture::Checkpoint { taken, pages, total: self.map.pages() }
     }
 
@@ -197,6 +235,16 @@ impl Changes {
         taken.punch.append(&mut pending.taken.punch);
         pending.taken = taken;
         self.count.store(pending.taken.runs.len(), Ordering::Relaxed);
+    }
+
+    /// Keeps a change in the tail, in pieces that a record could hold. The list's lock is held.
+    fn keep(&self, blocks: Range<u64>, state: State) {
+        let mut start = blocks.start;
+        while start < blocks.end {
+            let len = MAX_RUN.min(blocks.end - start);
+            self.tail.keep(Run { start, len, state });
+            start += len;
+        }
     }
 
     fn pending(&self) -> MutexGuard<'_, Pending> {
@@ -259,9 +307,19 @@ pub(super) fn mark(pages: &mut BitVec, page: u64) {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::cow::format::Superblock;
 
     fn changes() -> Changes {
-        Changes::new(Map::new(), Default::default(), Vec::new())
+        let superblock = Superblock {
+            id: uuid::Uuid::nil(),
+            generation: 1,
+            size: 1 << 40,
+            records: 2,
+            pages: 0,
+            session: 0,
+        };
+        let (tail, lately) = Tail::open(None, &superblock);
+        Changes::new(Map::new(), Default::default(), Vec::new(), tail, lately)
     }
 
     #[test]

@@ -60,6 +60,8 @@ pub(super) struct Journal {
 struct Switch {
     superblock: Superblock,
     punch: Vec<Range<u64>>,
+    /// Where what it makes durable ends in the tail.
+    end: u64,
 }
 
 /// What a commit is to achieve beyond making all changes durable.
@@ -164,11 +166,13 @@ impl<I: Io> Overlay<I> {
                     generation: journal.superblock.generation + 1,
                     size,
                     pages: total,
+                    session: self.changes.session(),
                     ..journal.superblock.clone()
                 };
+                let end = taken.end;
                 self.write_pages(io, journal.layout(), superblock.area(), &pages, taken)
                     .await
-                    .map(|punch| journal.switch = Some(Switch { superblock, punch }))?;
+                    .map(|punch| journal.switch = Some(Switch { superblock, punch, end }))?;
                 self.sync_map(io).await?;
                 self.switch(io, journal).await
             }
@@ -197,6 +201,7 @@ impl<I: Io> Overlay<I> {
         }
         self.sync_map(io).await?;
         journal.next += count as u32;
+        self.changes.settled(taken.end);
         journal.freed.extend(taken.punch);
         self.counters.commits.fetch_add(1, Ordering::Relaxed);
         Ok(())
@@ -247,7 +252,8 @@ impl<I: Io> Overlay<I> {
             .await
             .map_err(|error| self.failed("writing the map's superblock", error))?;
         self.sync_map(io).await?;
-        if let Some(Switch { superblock, punch }) = journal.switch.take() {
+        if let Some(Switch { superblock, punch, end }) = journal.switch.take() {
+            self.changes.settled(end);
             self.size.store(superblock.size, Ordering::Release);
             journal.superblock = superblock;
             journal.freed.extend(punch);
@@ -293,6 +299,9 @@ impl<I: Io> Overlay<I> {
 
     async fn sync(&self, io: &I, file: &I::File, name: &str) -> Result<()> {
         io.sync(file).await.map_err(|error| {
+            // What was written may be lost, and its pages look clean: whoever comes next must not
+            // take it for there.
+            self.changes.void();
             self.poison(format!("its {name} file could not be synced ({error})"));
             self.failed(format_args!("syncing {name}"), error)
         })

@@ -56,6 +56,8 @@ pub enum Mutant {
     UnsyncedMap,
     /// Syncs of `data` are acknowledged and do nothing: the map runs ahead of the data.
     UnsyncedData,
+    /// What was not committed dies with the process.
+    ForgetfulTail,
 }
 
 /// Figures of one run, or of many.

@@ -65,7 +65,8 @@ const SB_SIZE: usize = 40;
 const SB_RECORDS: usize = 48;
 const SB_AREA: usize = 52;
 const SB_PAGES: usize = 56;
-const SB_END: usize = 64;
+const SB_SESSION: usize = 64;
+const SB_END: usize = 72;
 
 // A journal record.
 const RECORD_CRC: usize = 4;
@@ -202,6 +203,8 @@ pub struct Superblock {
     pub records: u32,
     /// Bitmap pages of this generation's area that are not all base: one that went missing shows.
     pub pages: u64,
+    /// The session that wrote it, by a random number; 0 in a new map. See `tail`.
+    pub session: u64,
 }
 
 impl Superblock {
@@ -221,6 +224,7 @@ impl Superblock {
         put32(&mut copy, SB_RECORDS, self.records);
         put32(&mut copy, SB_AREA, self.area() as u32);
         put64(&mut copy, SB_PAGES, self.pages);
+        put64(&mut copy, SB_SESSION, self.session);
         let crc = crc32fast::hash(&copy);
         put32(&mut copy, SB_CRC, crc);
         copy.repeat(PAGE / COPY)
@@ -255,6 +259,7 @@ impl Superblock {
             size: get64(copy, SB_SIZE),
             records: get32(copy, SB_RECORDS),
             pages: get64(copy, SB_PAGES),
+            session: get64(copy, SB_SESSION),
         };
         let sane = superblock.generation & 1 == slot
             // The next generations must not wrap, whatever a hostile file says.
@@ -432,7 +437,8 @@ pub fn decode_page(
 pub fn blank(id: Uuid, size: u64, records: u32) -> Vec<u8> {
     let mut bytes = Vec::new();
     for generation in [0, 1] {
-        bytes.extend(Superblock { id, generation, size, records, pages: 0 }.encode());
+        let superblock = Superblock { id, generation, size, records, pages: 0, session: 0 };
+        bytes.extend(superblock.encode());
     }
     bytes.resize(Layout { records }.bitmap() as usize, 0);
     bytes

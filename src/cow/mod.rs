@@ -37,6 +37,7 @@ mod overlay;
 mod plan;
 mod read;
 mod recover;
+pub mod tail;
 mod write;
 mod zero;
 

@@ -24,6 +24,7 @@ use super::{
     locks::RangeLocks,
     plan::Plan,
     recover,
+    tail::Place,
 };
 use crate::{
     error::{Error, Kind, Result},
@@ -94,8 +95,17 @@ impl<I: Io> Overlay<I> {
     /// they were opened: after a failed sync Linux shows pages as clean that never reached the disk,
     /// and a new process must not take them for what is there. The data file is at least as long as
     /// the device; what is missing of it would read as zeros.
-    pub async fn open(io: &I, data: I::File, map: I::File, id: Uuid) -> Result<Overlay<I>> {
-        let found = recover::recover(io, &map, id).await?;
+    ///
+    /// `tail` is where changes that are not durable outlive this process, and where those of the
+    /// last one are found.
+    pub async fn open(
+        io: &I,
+        data: I::File,
+        map: I::File,
+        id: Uuid,
+        tail: Option<Place>,
+    ) -> Result<Overlay<I>> {
+        let found = recover::recover(io, &map, id, tail).await?;
         Ok(Overlay {
             id,
             data,

@@ -7,6 +7,8 @@
 //!    tail of a commit that was never acknowledged, unless something later proves otherwise: a
 //!    record of a later commit, or of a later generation. Then an acknowledged one was lost.
 //!
+//! 4. The tail of changes that the last process had not committed, if it died and the kernel did not.
+//!
 //! Damage is an error that names it. Never is it taken for "not written yet": that would show the
 //! image's content, or older data, where the guest has written since.
 
@@ -19,6 +21,7 @@ use super::{
     changes::{Changes, mark},
     format::{self, Layout, PAGE, Record, State, Superblock, corrupt, decode_page},
     map::Map,
+    tail::{Place, Tail},
 };
 use crate::{
     error::{Error, Result},
@@ -37,7 +40,12 @@ pub(super) struct Found {
     pub(super) replayed: bool,
 }
 
-pub(super) async fn recover<I: Io>(io: &I, file: &I::File, id: Uuid) -> Result<Found> {
+pub(super) async fn recover<I: Io>(
+    io: &I,
+    file: &I::File,
+    id: Uuid,
+    place: Option<Place>,
+) -> Result<Found> {
     let reader = Reader { io, file, id };
     let superblock = reader.superblock().await?;
     let mut found = Pages { map: Map::new(), stale: Default::default(), loaded: 0 };
@@ -64,7 +72,11 @@ pub(super) async fn recover<I: Io>(io: &I, file: &I::File, id: Uuid) -> Result<F
             zeroed.push(run.start..run.end());
         }
     }
-    let changes = Changes::new(found.map, found.stale, zeroed);
+    let (tail, lately) = Tail::open(place, &superblock);
+    if lately.iter().any(|run| run.end() > units::blocks(superblock.size)) {
+        return Err(corrupt(id, "its tail speaks of blocks past the device's end"));
+    }
+    let changes = Changes::new(found.map, found.stale, zeroed, tail, lately);
     Ok(Found { superblock, changes, replayed })
 }
 

@@ -34,6 +34,7 @@ impl Commands {
 
     /// Gives `command` to the driver behind `file` and waits for its answer, 0 or more. The driver
     /// may read and write the operand, whose length and address are put into the command.
+    #[expect(clippy::host_endian_bytes, reason = "a driver on this machine reads it")]
     pub fn run(
         &mut self,
         file: &File,

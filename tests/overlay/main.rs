@@ -78,7 +78,7 @@ impl Disk {
     }
 
     fn open(&self) -> Result<Overlay<Sim>> {
-        self.run(Overlay::open(&self.sim, self.data, self.map, ID))
+        self.run(Overlay::open(&self.sim, self.data, self.map, ID, None))
     }
 
     fn run<T>(&self, task: impl Future<Output = T>) -> T {

@@ -42,7 +42,7 @@ fn block_on<T>(task: impl Future<Output = T>) -> T {
 
 fn open(dir: &Path) -> Overlay<Files> {
     let (data, map) = (files::open(&dir.join("data")), files::open(&dir.join("map")));
-    block_on(Overlay::open(&Files, data, map, ID)).expect("it opens")
+    block_on(Overlay::open(&Files, data, map, ID, None)).expect("it opens")
 }
 
 fn create(dir: &Path, size: u64, records: u32) {

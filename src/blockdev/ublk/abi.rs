@@ -2,6 +2,8 @@
 //!
 //! All numbers are in the machine's own order. Pure.
 
+#![expect(clippy::host_endian_bytes, reason = "the kernel on this machine is the other side")]
+
 use crate::{blockdev::Info, units::SECTOR};
 
 /// `ioctl`-encoded numbers of commands.
@@ -159,6 +161,11 @@ fn part<const N: usize>(bytes: &[u8], at: usize) -> [u8; N] {
     let mut part = [0; N];
     part.copy_from_slice(&bytes[at..at + N]);
     part
+}
+
+/// A number that the driver wrote.
+pub(super) fn number_of(bytes: [u8; 8]) -> u64 {
+    u64::from_ne_bytes(bytes)
 }
 
 /// The parameters of a device like `info`, whose requests have `max_io` bytes at most.

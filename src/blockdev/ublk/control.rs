@@ -57,7 +57,7 @@ impl Control {
                 Error::caused(Kind::Unsupported, what, error)
             },
         )?;
-        Ok(u64::from_ne_bytes(bytes))
+        Ok(abi::number_of(bytes))
     }
 
     /// Adds a device; what it became.

@@ -243,6 +243,22 @@ impl Model {
         Ok(())
     }
 
+    /// Checks what is found after the death of a process whose tail was kept: all that it had
+    /// acknowledged.
+    pub(super) fn check_death(&mut self, offset: u64, bytes: &[u8]) -> Result<(), String> {
+        for (number, piece) in sectors(offset..offset + bytes.len() as u64).zip(bytes.chunks(BYTES))
+        {
+            let Some(sector) = self.sectors.get(&number) else { continue };
+            let Some(found) =
+                sector.live.iter().find(|version| *version.content == *piece).cloned()
+            else {
+                return Err(self.describe("found after a death", number, piece));
+            };
+            self.observe(number, found.content);
+        }
+        Ok(())
+    }
+
     /// A failed sync took pages from the cache: a write of less than a sector may have met any
     /// older content of it.
     pub(super) fn lost_pages(&mut self) {

@@ -1,6 +1,14 @@
 //! A simulated node with one replica: its files, its image, and what they must hold.
 
-use std::{cell::RefCell, ops::Range, rc::Rc};
+use std::{
+    cell::RefCell,
+    ops::Range,
+    rc::Rc,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+};
 
 use uuid::Uuid;
 
@@ -9,6 +17,7 @@ use crate::{
     cow::{
         Base, Overlay,
         format::{self, BLOCKS_PER_PAGE},
+        tail::{self, Place},
     },
     error::{Error, Kind, Result as IoResult},
     io::{
@@ -75,6 +84,12 @@ pub(super) struct Node {
     /// last.
     pub(super) sizes: Rc<RefCell<Vec<u64>>>,
     faulty: bool,
+    /// Where the replica's tail is kept, if it is.
+    tail: Option<Place>,
+    /// Syncs that had failed when it was last recovered: a later one voids the tail.
+    failed_syncs: u64,
+    /// The tail does not outlive the process, whatever it says.
+    forgetful: bool,
 }
 
 /// How a node is laid out.
@@ -109,6 +124,9 @@ impl Node {
             model: Rc::new(RefCell::new(model)),
             sizes: Rc::new(RefCell::new(vec![layout.size])),
             faulty: false,
+            tail: None,
+            failed_syncs: 0,
+            forgetful: false,
         }
     }
 
@@ -128,7 +146,7 @@ impl Node {
             }
         };
         let aligns = [1, 512, 4096];
-        let node = Node::new(Layout {
+        let mut node = Node::new(Layout {
             seed: rng.u64(..),
             size,
             image: if rng.bool() { rng.u64(0..=size) } else { rng.u64(0..size + 9 * BLOCK) },
@@ -139,9 +157,14 @@ impl Node {
         if rng.bool() {
             node.sim.set_torn_sectors(node.map);
         }
+        if rng.u8(0..3) > 0 {
+            let words: Box<[AtomicU64]> = (0..tail::BYTES / 8).map(|_| AtomicU64::new(0)).collect();
+            node.tail = Some(Place { memory: Arc::new(words), boot: Uuid::from_u128(1) });
+        }
         match mutant {
             Some(Mutant::UnsyncedMap) => node.sim.set_lie(node.map, Lie::Sync),
             Some(Mutant::UnsyncedData) => node.sim.set_lie(node.data, Lie::Sync),
+            Some(Mutant::ForgetfulTail) => node.forgetful = true,
             None => {}
         }
         node
@@ -158,6 +181,9 @@ impl Node {
             model: Rc::new(RefCell::new(self.model.borrow().clone())),
             sizes: Rc::new(RefCell::new(self.sizes.borrow().clone())),
             faulty: self.faulty,
+            tail: None,
+            failed_syncs: self.failed_syncs,
+            forgetful: self.forgetful,
         }
     }
 
@@ -177,7 +203,9 @@ impl Node {
 
     /// Opens the replica; `None` if the disk was made to fail.
     pub(super) fn open(&self) -> Result<Option<Rc<Overlay<Sim>>>, String> {
-        let opened = self.sim.run_one(Overlay::open(&self.sim, self.data, self.map, ID), None);
+        let opened = self
+            .sim
+            .run_one(Overlay::open(&self.sim, self.data, self.map, ID, self.tail.clone()), None);
         match opened {
             Some(Ok(overlay)) => Ok(Some(Rc::new(overlay))),
             Some(Err(error)) if self.faulty && error.kind() == Kind::Io => Ok(None),
@@ -188,13 +216,18 @@ impl Node {
 
     /// Opens the replica, and stops after some steps.
     pub(super) fn open_for(&self, steps: u64) -> Result<Option<Rc<Overlay<Sim>>>, String> {
-        self.sim.run_one(Overlay::open(&self.sim, self.data, self.map, ID), Some(steps));
+        let open = Overlay::open(&self.sim, self.data, self.map, ID, self.tail.clone());
+        self.sim.run_one(open, Some(steps));
         Ok(None)
     }
 
     /// Cuts the power, and checks what is found then.
     pub(super) fn power_cut(&mut self, cut: Cut) -> Result<(), String> {
         self.sim.power_cut(cut);
+        // The memory stays as it was, and belongs to a boot that is no more.
+        if let Some(place) = &mut self.tail {
+            place.boot = Uuid::from_u128(place.boot.as_u128() + 1);
+        }
         self.recover(|model, offset, bytes| model.check_cut(offset, bytes))?;
         let size = self.sizes.borrow().last().copied();
         self.model.borrow_mut().hide(size.unwrap_or_default());
@@ -205,7 +238,16 @@ impl Node {
     /// Kills the process, and checks what is found then.
     pub(super) fn kill(&mut self) -> Result<(), String> {
         self.sim.kill();
-        self.recover(|model, offset, bytes| model.check_kill(offset, bytes))
+        if self.forgetful
+            && let Some(place) = &self.tail
+        {
+            place.memory.words().iter().for_each(|word| word.store(0, Ordering::Relaxed));
+        }
+        let kept = self.tail.is_some() && self.sim.failed_syncs() == self.failed_syncs;
+        self.recover(|model, offset, bytes| match kept {
+            true => model.check_death(offset, bytes),
+            false => model.check_kill(offset, bytes),
+        })
     }
 
     fn recover(
@@ -226,6 +268,7 @@ impl Node {
         for (offset, bytes) in self.contents(&overlay)? {
             check(&mut self.model.borrow_mut(), offset, &bytes)?;
         }
+        self.failed_syncs = self.sim.failed_syncs();
         match self.sim.changes() == before {
             true => Ok(()),
             false => Err("recovery or a read has written".to_owned()),

@@ -7,7 +7,7 @@ const ID: Uuid = Uuid::from_u128(0x0123_4567_89ab_cdef_0123_4567_89ab_cdef);
 const GOLDEN: &[u8] = include_bytes!("../../../tests/fixtures/map-v1.bin");
 
 fn superblock(generation: u64) -> Superblock {
-    Superblock { id: ID, generation, size: (3 << 30) + 512, records: 64, pages: 2 }
+    Superblock { id: ID, generation, size: (3 << 30) + 512, records: 64, pages: 2, session: 0 }
 }
 
 fn record() -> Record {
