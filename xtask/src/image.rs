@@ -119,6 +119,8 @@ pub struct Kernel {
     pub vmlinuz: PathBuf,
     /// The initramfs.
     pub initrd: PathBuf,
+    /// Where its modules are: .ko.xz files in directories by subsystem.
+    pub modules: PathBuf,
 }
 
 /// A Debian cloud kernel, from the cache or unpacked now.
@@ -134,7 +136,8 @@ pub fn kernel() -> Result<Kernel> {
             missing.push(format!("{error:#}"));
             continue;
         }
-        return Ok(Kernel { vmlinuz: vmlinuz(&dir)?, initrd: initrd(&dir)? });
+        let modules = modules(&dir)?.join("kernel");
+        return Ok(Kernel { vmlinuz: vmlinuz(&dir)?, initrd: initrd(&dir)?, modules });
     }
     bail!("no kernel for the guest: {}", missing.join("; "))
 }
@@ -192,7 +195,7 @@ fn initrd(dir: &Path) -> Result<PathBuf> {
 }
 
 /// A busybox that needs no libraries: the machine's own may be another.
-fn busybox() -> Result<PathBuf> {
+pub fn busybox() -> Result<PathBuf> {
     if let Some(own) = find("busybox") {
         let program = fs::read(&own).with_context(|| format!("reading {}", own.display()))?;
         // A program that needs libraries names their loader in its first page.
@@ -218,7 +221,8 @@ fn first(dir: &Path, wanted: impl Fn(&str) -> bool) -> Result<PathBuf> {
     name.map(|name| dir.join(name)).ok_or_else(|| anyhow!("nothing fitting in {}", dir.display()))
 }
 
-fn script(file: &Path, text: &str) -> Result<()> {
+/// Writes a program in words.
+pub fn script(file: &Path, text: &str) -> Result<()> {
     use std::os::unix::fs::PermissionsExt;
     fs::write(file, text).with_context(|| format!("writing {}", file.display()))?;
     Ok(fs::set_permissions(file, fs::Permissions::from_mode(0o755))?)

@@ -23,6 +23,7 @@ mod sick;
 mod subject;
 mod test;
 mod tool;
+mod vm;
 
 use std::process::ExitCode;
 
@@ -73,6 +74,11 @@ enum Chore {
     Savings,
     /// Rig: the commands that a newcomer meets first
     Demo,
+    /// Rig: tests that need a kernel with ublk, NBD and device-mapper, within a guest that has one
+    Vm(vm::Options),
+    /// The driver of those tests, within the guest
+    #[command(hide = true)]
+    Inside,
     /// Rig: bad names, images, bits; two daemons; disks that are read-only, full, gone
     Hostile {
         /// The seed of which bits are flipped
@@ -105,13 +111,19 @@ fn main() -> ExitCode {
 fn run(chore: Chore) -> Result<()> {
     lab::heed_signals()?;
     let mut report = Report::default();
+    match &chore {
+        Chore::Inside => return vm::inside(),
+        Chore::Vm(options) if options.list() => return Ok(()),
+        Chore::Vm(options) => options.build()?,
+        _ => {}
+    }
     match chore {
         Chore::Ci => return tool::hand_over(tool(place::root().join(".ci/run"), NO_ARGS)),
         Chore::Crash { seeds, seed } => return crash(seeds, seed),
         _ => setup::run(&mut report),
     }
     match chore {
-        Chore::Setup | Chore::Ci | Chore::Crash { .. } => {}
+        Chore::Setup | Chore::Ci | Chore::Crash { .. } | Chore::Inside => {}
         Chore::Test => test::run(&mut report)?,
         Chore::Rigs => test::rigs(&mut report)?,
         Chore::Bench(options) => {
@@ -122,6 +134,7 @@ fn run(chore: Chore) -> Result<()> {
         Chore::Clients(aim) => clients::run(&Lab::open()?, aim.against, aim.seed, &mut report),
         Chore::Kill(aim) => kill::run(&Lab::open()?, aim.against, aim.seed, &mut report),
         Chore::Demo => demo::run(&Lab::open()?, &mut report),
+        Chore::Vm(options) => vm::run(&Lab::open()?, &options, &mut report),
         Chore::Savings => savings::run(&Lab::open()?, &mut report),
         Chore::Hostile { seed } => {
             let lab = Lab::open()?;

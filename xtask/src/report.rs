@@ -22,7 +22,11 @@ impl Report {
     pub fn check(&mut self, name: &str, check: impl FnOnce() -> Result<String>) -> bool {
         let start = Instant::now();
         let outcome = check();
-        let seconds = start.elapsed().as_secs_f64();
+        self.outcome(name, outcome, start.elapsed().as_secs_f64())
+    }
+
+    /// Enters a check that ran elsewhere, in a guest, as [`Report::check`] does one of its own.
+    pub fn outcome(&mut self, name: &str, outcome: Result<String>, seconds: f64) -> bool {
         match outcome {
             Ok(figures) if figures.is_empty() => say(&format!("ok    {name} ({seconds:.1} s)")),
             Ok(figures) => say(&format!("ok    {name}: {figures} ({seconds:.1} s)")),

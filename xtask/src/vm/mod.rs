@@ -1,0 +1,109 @@
+//! `cargo xtask vm`: tests that need a kernel with ublk, NBD and device-mapper, run within a guest
+//! that has one, against the programs as they were built.
+//!
+//! The guest is Debian's newest cloud kernel under qemu's own emulator (no KVM needed), with an
+//! initramfs that holds `underlay`, this program, and what the tests call. This program is the
+//! driver in there too (`xtask inside`): a test is a Rust function that runs in the guest and uses
+//! the same modules as every other rig (`tool`, `daemon`, `nbd`, `pattern`, ...).
+//!
+//! # Adding a test
+//!
+//! Write `vm/NAME.rs` with `pub fn run(guest: &mut Guest) -> Result<()>`, and enter it in [`TESTS`]
+//! with its disks and its limit. In it:
+//! - `guest.check("what must hold", |guest| ... Ok(figures))?` for each thing that is checked. An
+//!   error fails the check and the test goes on; `?` outside of a check ends the test as failed.
+//! - `guest.format("a")?` gives disk a with its file system, mounted; `guest.device("a")?` the bare
+//!   device (also for dmsetup; `guest.mount_device` mounts what was made on it).
+//! - `guest.daemon("")?` a daemon of its own, `guest.dir()` a directory in memory.
+//! - `guest.need(&["fio"])?` skips the check, loudly, where the host lacks a program; a new program
+//!   goes into the list in `initramfs.rs`, a new kernel module as well.
+//!
+//! Tests that share a boot run one after the other on the same drives, which each formats for
+//! itself. A test whose `boots` is [`Boots::Cut`] has boots of its own: the power is cut some time
+//! after it said `guest.ready()?`, and it is called again with `guest.phase` one higher, on the same
+//! disks, until `guest.last`. What it must remember it tells the host (`guest.tell`), and is told
+//! again (`guest.told`).
+
+mod guest;
+mod initramfs;
+mod inside;
+mod machine;
+mod power;
+mod run;
+mod smoke;
+mod wire;
+
+use std::time::Duration;
+
+use anyhow::Result;
+
+pub use inside::run as inside;
+pub use run::{Options, run};
+
+use self::guest::Guest;
+use self::machine::Cache;
+use crate::lab::Fs;
+
+/// A test that runs in the guest.
+pub struct Test {
+    /// What it is called.
+    pub name: &'static str,
+    /// What it shows, in one line.
+    pub about: &'static str,
+    /// The disks that it has.
+    pub disks: &'static [Disk],
+    /// How long it may take, on two slow processors that others use too.
+    pub limit: Duration,
+    /// Whose boot it runs in.
+    pub boots: Boots,
+    /// The test.
+    pub run: fn(&mut Guest) -> Result<()>,
+}
+
+/// A disk of a test.
+pub struct Disk {
+    /// How the test calls it.
+    pub name: &'static str,
+    /// In bytes; the file behind it is sparse.
+    pub size: u64,
+    /// What [`Guest::format`] makes on it.
+    pub fs: Fs,
+}
+
+/// Whose boot a test runs in.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Boots {
+    /// One that it shares with others.
+    Shared,
+    /// Its own, ended by power cuts, on drives of this kind.
+    Cut(Cache),
+}
+
+/// A gibibyte.
+const GIB: u64 = 1 << 30;
+
+/// Every test there is, in the order in which they run.
+pub const TESTS: &[Test] = &[
+    Test {
+        name: "smoke",
+        about: "the guest has what tests need; the daemon serves in it",
+        disks: &[
+            Disk { name: "a", size: 2 * GIB, fs: Fs::Ext4 },
+            Disk { name: "b", size: 2 * GIB, fs: Fs::Xfs },
+        ],
+        limit: Duration::from_secs(180),
+        boots: Boots::Shared,
+        run: smoke::run,
+    },
+    Test {
+        name: "power",
+        about: "power cuts under flushed writes: what was flushed is there in the next boot",
+        disks: &[
+            Disk { name: "a", size: 2 * GIB, fs: Fs::Ext4 },
+            Disk { name: "b", size: 2 * GIB, fs: Fs::Xfs },
+        ],
+        limit: Duration::from_secs(120),
+        boots: Boots::Cut(Cache::Volatile),
+        run: power::run,
+    },
+];
