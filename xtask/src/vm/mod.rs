@@ -31,6 +31,7 @@ mod machine;
 mod power;
 mod run;
 mod smoke;
+mod ublk;
 mod wire;
 
 use std::time::Duration;
@@ -94,6 +95,17 @@ pub const TESTS: &[Test] = &[
         limit: Duration::from_secs(180),
         boots: Boots::Shared,
         run: smoke::run,
+    },
+    Test {
+        name: "ublk",
+        about: "images and replicas as block devices: contents, load, restarts, growing",
+        disks: &[
+            Disk { name: "a", size: 2 * GIB, fs: Fs::Ext4 },
+            Disk { name: "b", size: 2 * GIB, fs: Fs::Xfs },
+        ],
+        limit: Duration::from_secs(400),
+        boots: Boots::Shared,
+        run: ublk::run,
     },
     Test {
         name: "power",
