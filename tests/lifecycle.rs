@@ -1,5 +1,5 @@
 //! Invariants checked: a daemon that is told to stop flushes and leaves; one that is killed
-//! recovers what was flushed; two never share a socket, a state or a disk; systemd is spoken to.
+//! recovers all that was acknowledged; two never share a socket, a state or a disk; systemd is spoken to.
 
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
@@ -24,7 +24,7 @@ use node::{Daemon, PATIENCE, PROGRAM, complaint, until};
 const MIB: usize = 1 << 20;
 
 #[test]
-fn what_was_written_survives_a_stop_and_what_was_flushed_a_crash() {
+fn what_was_acknowledged_survives_a_stop_and_a_kill() {
     let mut daemon = Daemon::with_disks();
     daemon.import("base", &vec![9; MIB]);
     daemon.ok(&["replica", "create", "vm1", "--image", "base", "--disk", "b"]);
@@ -40,7 +40,10 @@ fn what_was_written_survives_a_stop_and_what_was_flushed_a_crash() {
             assert_eq!(daemon.stop(), Some(0), "{}", daemon.log());
             assert!(!daemon.socket().exists() && !daemon.nbd_socket().exists());
         } else {
-            vm1.flush().unwrap();
+            // Flushed or not: the kernel goes on, and so does what it was given.
+            if round % 4 == 1 {
+                vm1.flush().unwrap();
+            }
             daemon.kill();
             assert!(daemon.socket().exists(), "a stale socket is left, and replaced");
         }
