@@ -20,6 +20,7 @@
 //! - Front ends open no file: they are handed a [`blockdev::Device`].
 //! - `unsafe` is found in `io` only, where the code meets the kernel.
 
+pub mod attach;
 pub mod blockdev;
 pub mod catalog;
 pub mod cli;
