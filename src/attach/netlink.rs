@@ -98,6 +98,11 @@ impl Message {
         self
     }
 
+    /// Its bytes so far; length and sequence number are filled in when it is sent.
+    pub fn bytes(&self) -> &[u8] {
+        &self.bytes
+    }
+
     /// The bytes to send.
     fn seal(mut self, sequence: u32) -> Vec<u8> {
         let len = self.bytes.len() as u32;
@@ -350,6 +355,12 @@ fn u32_at(bytes: &[u8], at: usize) -> Option<u32> {
 /// Messages and attributes begin at multiples of four.
 const fn aligned(len: usize) -> usize {
     len.next_multiple_of(4)
+}
+
+/// A number as the kernel has it.
+#[cfg(test)]
+pub(super) fn host_u32(number: u32) -> [u8; 4] {
+    number.to_ne_bytes()
 }
 
 #[cfg(test)]
