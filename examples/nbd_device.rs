@@ -5,6 +5,7 @@
 //! nbd_device keep SOCKET EXPORT N [CONNECTIONS]       reconnects it whenever its connections end
 //! nbd_device reconnect SOCKET EXPORT N [CONNECTIONS]
 //! nbd_device resize SOCKET EXPORT N                   to the export's size of now
+//! nbd_device resize-to BYTES EXPORT N
 //! nbd_device detach N [force]
 //! nbd_device status
 //! ```
@@ -46,6 +47,10 @@ fn run(arguments: &[&str]) -> Result<()> {
         }
         ["resize", socket, export, index] => {
             let size = Links::dial(Path::new(socket), export, 1)?.size();
+            Client::open()?.resize(number(index)?, &Attachment::new(*export), size)?;
+        }
+        ["resize-to", bytes, export, index] => {
+            let size = u64::from(number(bytes)?);
             Client::open()?.resize(number(index)?, &Attachment::new(*export), size)?;
         }
         ["detach", index, force @ ..] => {

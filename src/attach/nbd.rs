@@ -39,7 +39,8 @@ pub mod dial;
 use std::{
     os::fd::{AsFd, BorrowedFd},
     path::{Path, PathBuf},
-    time::Duration,
+    thread,
+    time::{Duration, Instant},
 };
 
 use nix::errno::Errno;
@@ -66,6 +67,8 @@ const ANSWER: Duration = Duration::from_secs(30);
 /// While a size changes: how long a request may take, and may then wait for a connection.
 const RESIZE_TIMEOUT: Duration = Duration::from_secs(60);
 const RESIZE_DEAD_AFTER: Duration = Duration::from_secs(5);
+/// How long requests from before are waited for.
+const SETTLE: Duration = Duration::from_secs(2);
 
 /// Which device to use.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -165,13 +168,15 @@ impl Client {
     /// kernel lets every request under way end first.
     ///
     /// Should the daemon die in that moment, its thread waits in the kernel for requests that
-    /// nobody serves, and holds the connections open. So while the size changes, requests have a
-    /// time limit, after which they fail with EIO; nothing waits for ever.
+    /// nobody serves any more, and keeps the connections, and generic netlink's lock, to itself.
+    /// So while the size changes, requests have a time limit, after which they fail with EIO and
+    /// nothing waits for ever.
     pub fn resize(&mut self, index: u32, what: &Attachment, size: u64) -> Result<()> {
         what.check()?;
-        let device = device::find(&self.sysfs, index)?;
         let resizing = format!("resizing /dev/nbd{index}");
-        let Some(device) = device else { return Err(not_attached(index, what).within(resizing)) };
+        let Some(device) = device::find(&self.sysfs, index)? else {
+            return Err(not_attached(index, what).within(resizing));
+        };
         if size == device.size {
             return Ok(());
         }
@@ -181,16 +186,47 @@ impl Client {
             return Err(Error::new(Kind::Invalid, what));
         }
         command::check_size(size, what.block_size).map_err(|error| error.within(&resizing))?;
-        let family = self.family.id;
-        let limits = |timeout, dead| command::limits(family, index, what, timeout, dead);
-        self.change(index, what, "resizing", limits(RESIZE_TIMEOUT, RESIZE_DEAD_AFTER))?;
-        let resized = command::resize(family, index, what, size);
-        let resized = self.change(index, what, "resizing", resized);
-        // Also after a failure: the device must not keep the time limit.
+        let queues = device::queues(&self.sysfs, index);
+        if let Err(error) = self.prepare_resize(index) {
+            self.set_resend(index, queues);
+            return Err(error.within(resizing));
+        }
+        let limits = |timeout, dead| command::limits(self.family.id, index, what, timeout, dead);
+        let limited = limits(RESIZE_TIMEOUT, RESIZE_DEAD_AFTER);
         let restored = limits(Duration::ZERO, what.dead_after);
+        let resized = command::resize(self.family.id, index, what, size);
+        let resized = self
+            .change(index, what, "resizing", limited)
+            .and_then(|()| self.change(index, what, "resizing", resized));
+        // Also after a failure: the device must not keep the time limit.
         let restored = self.change(index, what, "resizing", restored);
-        self.set_resend(index, device::queues(&self.sysfs, index));
+        self.set_resend(index, queues);
         resized.and(restored)
+    }
+
+    /// Sees to it that no request under way has a timer of less than [`RESIZE_TIMEOUT`]: it would
+    /// declare a live connection dead as soon as there is a time limit. Requests keep the timer that
+    /// they began with, so those must end. That is seen when none is under way; while there always
+    /// are some, and some end, the old ones are taken to be among these after [`SETTLE`].
+    fn prepare_resize(&self, index: u32) -> Result<()> {
+        if device::set_io_timeout(&self.sysfs, index, RESIZE_TIMEOUT).is_err() {
+            // Then it was not shortened either.
+            return Ok(());
+        }
+        let before = device::completed(&self.sysfs, index);
+        let until = Instant::now() + SETTLE;
+        while device::in_flight(&self.sysfs, index) != Some(0) {
+            if Instant::now() < until {
+                thread::sleep(SETTLE / 100);
+            } else if device::completed(&self.sysfs, index) == before {
+                let what = "none of its requests was answered for a while; see to the disks of \
+                            its export, or to its connection, and try again";
+                return Err(Error::new(Kind::Unavailable, what));
+            } else {
+                break;
+            }
+        }
+        Ok(())
     }
 
     /// Ends a device: I/O on it fails from now on, and its connections are closed. Not an error for

@@ -109,6 +109,22 @@ pub fn queues(sysfs: &Path, index: u32) -> usize {
     queues.map_or(1, |entries| entries.flatten().count())
 }
 
+/// How many requests of a device are under way; `None` if that can't be told.
+pub fn in_flight(sysfs: &Path, index: u32) -> Option<u64> {
+    // Reads and writes, each a number.
+    let counts = line(&sysfs.join(format!("nbd{index}/inflight"))).ok()??;
+    counts.split_whitespace().map(|count| count.parse::<u64>().ok()).sum()
+}
+
+/// How many requests of a device have ended since it was made; `None` if that can't be told.
+pub fn completed(sysfs: &Path, index: u32) -> Option<u64> {
+    let stat = line(&sysfs.join(format!("nbd{index}/stat"))).ok()??;
+    let fields: Vec<&str> = stat.split_whitespace().collect();
+    // Reads, writes, discards, flushes; older kernels have not all of them.
+    let counts = [0, 4, 11, 15].into_iter().filter_map(|at| fields.get(at));
+    counts.map(|count| count.parse::<u64>().ok()).sum()
+}
+
 /// Sets how long the block layer waits for a request before it asks the driver what became of it.
 pub fn set_io_timeout(sysfs: &Path, index: u32, time: Duration) -> Result<()> {
     let file = sysfs.join(format!("nbd{index}/queue/io_timeout"));

@@ -49,6 +49,15 @@ fn queues_are_counted_and_the_timer_is_set() {
     put(sysfs, "nbd0/mq/0/cpu_list", "0");
     put(sysfs, "nbd0/mq/1/cpu_list", "1");
     put(sysfs, "nbd0/queue/io_timeout", "30000\n");
+    put(sysfs, "nbd0/inflight", "       3        8\n");
+    assert_eq!((in_flight(sysfs, 0), in_flight(sysfs, 1)), (Some(11), None));
+    put(sysfs, "nbd0/stat", " 5 0 40 1 600 0 8 1 2 9 9 7000 0 1 1 80000 3\n");
+    put(sysfs, "nbd1/stat", "5 0 0 0 x\n");
+    put(sysfs, "nbd2/stat", "5 0 0 0 6 0 0\n");
+    assert_eq!(
+        [0, 1, 2, 3].map(|index| completed(sysfs, index)),
+        [Some(87605), None, Some(11), None]
+    );
     assert_eq!(queues(sysfs, 0), 2);
     assert_eq!(queues(sysfs, 1), 1, "unknown is one");
     set_io_timeout(sysfs, 0, Duration::from_millis(1500)).unwrap();
