@@ -1,7 +1,7 @@
 //! The kernel's NBD client by hand: what `underlay attach --via nbd` does, one step at a time.
 //!
 //! ```text
-//! nbd_device attach SOCKET EXPORT [CONNECTIONS [N]]   prints the device's number
+//! nbd_device attach SOCKET EXPORT [CONNECTIONS [N [DEAD-AFTER-SECONDS]]]   prints N
 //! nbd_device keep SOCKET EXPORT N [CONNECTIONS]       reconnects it whenever its connections end
 //! nbd_device reconnect SOCKET EXPORT N [CONNECTIONS]
 //! nbd_device resize SOCKET EXPORT N                   to the export's size of now
@@ -14,7 +14,7 @@ use std::{path::Path, process::ExitCode, time::Duration};
 
 use underlay::{
     Error, Kind, Result,
-    attach::nbd::{Attachment, Choice, Client, Links, News, Watch, device},
+    attach::nbd::{Choice, Client, Links, News, Setup, Watch, device},
 };
 
 fn main() -> ExitCode {
@@ -35,7 +35,10 @@ fn run(arguments: &[&str]) -> Result<()> {
             let count = rest.first().map_or(Ok(1), |text| number(text))?;
             let choice = rest.get(1).map(|text| number(text).map(Choice::Number));
             let links = Links::dial(Path::new(socket), export, count as usize)?;
-            let what = Attachment::new(*export);
+            let mut what = Setup::new(*export);
+            if let Some(seconds) = rest.get(2) {
+                what.dead_after = Duration::from_secs(number(seconds)?.into());
+            }
             let choice = choice.transpose()?.unwrap_or(Choice::Any);
             println!("{}", Client::open()?.connect(choice, &what, links)?);
         }
@@ -47,11 +50,11 @@ fn run(arguments: &[&str]) -> Result<()> {
         }
         ["resize", socket, export, index] => {
             let size = Links::dial(Path::new(socket), export, 1)?.size();
-            Client::open()?.resize(number(index)?, &Attachment::new(*export), size)?;
+            Client::open()?.resize(number(index)?, &Setup::new(*export), size)?;
         }
         ["resize-to", bytes, export, index] => {
             let size = u64::from(number(bytes)?);
-            Client::open()?.resize(number(index)?, &Attachment::new(*export), size)?;
+            Client::open()?.resize(number(index)?, &Setup::new(*export), size)?;
         }
         ["detach", index, force @ ..] => {
             let index = number(index)?;
@@ -77,7 +80,7 @@ fn run(arguments: &[&str]) -> Result<()> {
 
 fn reconnect(socket: &Path, export: &str, index: u32, count: usize) -> Result<()> {
     let links = Links::dial(socket, export, count)?;
-    Client::open()?.reconnect(index, &Attachment::new(export), links)
+    Client::open()?.reconnect(index, &Setup::new(export), links)
 }
 
 /// Reconnects the device for as long as it is attached.

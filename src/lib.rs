@@ -6,6 +6,8 @@
 //! ```text
 //! cli, control          the command line; the HTTP API, the node's service, metrics
 //!    |
+//! attach                the kernel's NBD client as a client of our server
+//!    |
 //! blockdev, image       front ends (NBD) over one Device contract; import and verification
 //!    |
 //! catalog, cow          what is on the disks; overlays

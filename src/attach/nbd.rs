@@ -81,7 +81,7 @@ pub enum Choice {
 
 /// What the kernel is told of a device beside its connections.
 #[derive(Clone, Debug)]
-pub struct Attachment {
+pub struct Setup {
     /// The name that sysfs shows and that a later `reconnect` must repeat: our export's.
     pub backend: String,
     /// The smallest request.
@@ -90,10 +90,10 @@ pub struct Attachment {
     pub dead_after: Duration,
 }
 
-impl Attachment {
-    /// An attachment of this export, with 512-byte sectors and the usual patience.
-    pub fn new(export: impl Into<String>) -> Attachment {
-        Attachment { backend: export.into(), block_size: BlockSize::Sector, dead_after: DEAD_AFTER }
+impl Setup {
+    /// A device of this export, with 512-byte sectors and the usual patience.
+    pub fn new(export: impl Into<String>) -> Setup {
+        Setup { backend: export.into(), block_size: BlockSize::Sector, dead_after: DEAD_AFTER }
     }
 
     fn check(&self) -> Result<()> {
@@ -126,7 +126,7 @@ impl Client {
     }
 
     /// Makes a device of `links`; returns its number. The kernel keeps the connections.
-    pub fn connect(&mut self, choice: Choice, what: &Attachment, links: Links) -> Result<u32> {
+    pub fn connect(&mut self, choice: Choice, what: &Setup, links: Links) -> Result<u32> {
         what.check()?;
         let attaching = || match choice {
             Choice::Any => format!("attaching {} to an NBD device", what.backend),
@@ -156,9 +156,12 @@ impl Client {
         Ok(index)
     }
 
-    /// Gives a device whose connections ended new ones; what was under way is sent again. More
-    /// connections than died are closed, which is no error: the kernel does not tell either.
-    pub fn reconnect(&mut self, index: u32, what: &Attachment, links: Links) -> Result<()> {
+    /// Gives a device whose connections ended new ones; what was under way is sent again.
+    ///
+    /// The kernel drops connections that it has no use for, and does not tell: a device whose old
+    /// ones have not ended yet keeps these. So whoever reconnects has a [`Watch`] open before, and
+    /// reconnects again when that says so.
+    pub fn reconnect(&mut self, index: u32, what: &Setup, links: Links) -> Result<()> {
         what.check()?;
         let message = command::reconnect(self.family.id, index, what, &links);
         self.change(index, what, "reconnecting", message)
@@ -171,7 +174,7 @@ impl Client {
     /// nobody serves any more, and keeps the connections, and generic netlink's lock, to itself.
     /// So while the size changes, requests have a time limit, after which they fail with EIO and
     /// nothing waits for ever.
-    pub fn resize(&mut self, index: u32, what: &Attachment, size: u64) -> Result<()> {
+    pub fn resize(&mut self, index: u32, what: &Setup, size: u64) -> Result<()> {
         what.check()?;
         let resizing = format!("resizing /dev/nbd{index}");
         let Some(device) = device::find(&self.sysfs, index)? else {
@@ -238,6 +241,12 @@ impl Client {
         })
     }
 
+    /// The lowest number from `from` on of a device that is not in use; there may be no such device
+    /// yet. Somebody else may take it meanwhile: then `connect` says [`Kind::InUse`].
+    pub fn free(&mut self, from: u32) -> Result<u32> {
+        Ok(command::free(&self.status()?, from))
+    }
+
     /// Which devices there are, and which are in use: attached, or no longer but still open.
     pub fn status(&mut self) -> Result<Vec<Status>> {
         let mut devices = Vec::new();
@@ -249,13 +258,7 @@ impl Client {
         Ok(devices)
     }
 
-    fn change(
-        &mut self,
-        index: u32,
-        what: &Attachment,
-        doing: &str,
-        message: Message,
-    ) -> Result<()> {
+    fn change(&mut self, index: u32, what: &Setup, doing: &str, message: Message) -> Result<()> {
         self.ask(message, |_, _| Ok(())).map_err(|failure| {
             let error = match failure {
                 Failure::Refused(Refused { errno: Errno::EINVAL, message: None }) => {
@@ -344,7 +347,7 @@ fn find_family(socket: &mut Socket) -> Result<Family> {
     })
 }
 
-fn not_attached(index: u32, what: &Attachment) -> Error {
+fn not_attached(index: u32, what: &Setup) -> Error {
     let text = format!("/dev/nbd{index} is not attached to {}; attach it anew", what.backend);
     Error::new(Kind::NotFound, text)
 }

@@ -3,9 +3,9 @@
 //! Every message that names a device also repeats its backend: the kernel refuses to change a
 //! device of another one, and so guards against a number that was given away meanwhile.
 
-use std::{os::fd::AsRawFd, time::Duration};
+use std::{collections::BTreeSet, os::fd::AsRawFd, time::Duration};
 
-use super::{Attachment, Choice, Links, MAX_CONNECTIONS, News};
+use super::{Choice, Links, MAX_CONNECTIONS, News, Setup};
 use crate::{
     attach::netlink::{Attributes, Malformed, Message, Received, messages},
     blockdev::nbd::wire::flag,
@@ -76,7 +76,7 @@ pub struct Status {
 }
 
 /// Asks for a device of `links`.
-pub fn connect(family: u16, choice: Choice, what: &Attachment, links: &Links) -> Result<Message> {
+pub fn connect(family: u16, choice: Choice, what: &Setup, links: &Links) -> Result<Message> {
     check_size(links.size, what.block_size)?;
     let count = links.count();
     if count == 0 || count > MAX_CONNECTIONS {
@@ -103,7 +103,7 @@ pub fn connect(family: u16, choice: Choice, what: &Attachment, links: &Links) ->
 }
 
 /// Gives a device new connections.
-pub fn reconnect(family: u16, index: u32, what: &Attachment, links: &Links) -> Message {
+pub fn reconnect(family: u16, index: u32, what: &Setup, links: &Links) -> Message {
     let message = reconfigure(family, index, what)
         .u64(attribute::DEAD_CONN_TIMEOUT, what.dead_after.as_secs());
     sockets(message, links)
@@ -113,7 +113,7 @@ pub fn reconnect(family: u16, index: u32, what: &Attachment, links: &Links) -> M
 pub fn limits(
     family: u16,
     index: u32,
-    what: &Attachment,
+    what: &Setup,
     timeout: Duration,
     dead_after: Duration,
 ) -> Message {
@@ -123,7 +123,7 @@ pub fn limits(
 }
 
 /// Changes a device's size.
-pub fn resize(family: u16, index: u32, what: &Attachment, size: u64) -> Message {
+pub fn resize(family: u16, index: u32, what: &Setup, size: u64) -> Message {
     reconfigure(family, index, what).u64(attribute::SIZE, size)
 }
 
@@ -166,6 +166,14 @@ pub fn statuses(
     Ok(())
 }
 
+/// The lowest number from `from` on that no device in use has.
+pub fn free(devices: &[Status], from: u32) -> u32 {
+    let used: BTreeSet<u32> =
+        devices.iter().filter(|status| status.used).map(|status| status.index).collect();
+    used.range(from..)
+        .fold(from, |free, index| if *index == free { free.saturating_add(1) } else { free })
+}
+
 /// What a datagram to the group says. What can't be read counts as lost.
 pub fn news(own: u16, datagram: &[u8]) -> Vec<News> {
     let mut news = Vec::new();
@@ -195,7 +203,7 @@ pub fn check_size(size: u64, block_size: BlockSize) -> Result<()> {
     }
 }
 
-fn reconfigure(family: u16, index: u32, what: &Attachment) -> Message {
+fn reconfigure(family: u16, index: u32, what: &Setup) -> Message {
     Message::new(family, RECONFIGURE, VERSION)
         .u32(attribute::INDEX, index)
         .string(attribute::BACKEND, &what.backend)

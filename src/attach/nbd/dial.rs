@@ -5,7 +5,7 @@
 //! handshake has a time limit.
 
 use std::{
-    io::{Read, Write},
+    io::{ErrorKind, Read, Write},
     os::{fd::AsRawFd, unix::net::UnixStream},
     path::Path,
     time::{Duration, Instant},
@@ -204,7 +204,7 @@ impl Wire<'_> {
                 }
                 Ok(read) => bytes = &mut bytes[read..],
                 Err(error) if retried(&error) => (),
-                Err(error) => return Err(Error::io(reading(), error)),
+                Err(error) => return Err(broken(reading(), error)),
             }
         }
         Ok(())
@@ -217,7 +217,7 @@ impl Wire<'_> {
             match self.stream.write(bytes) {
                 Ok(written) => bytes = &bytes[written..],
                 Err(error) if retried(&error) => (),
-                Err(error) => return Err(Error::io(writing(), error)),
+                Err(error) => return Err(broken(writing(), error)),
             }
         }
         Ok(())
@@ -226,7 +226,17 @@ impl Wire<'_> {
 
 /// Interrupted, or a time limit of which `left` knows better.
 fn retried(error: &std::io::Error) -> bool {
-    matches!(error.kind(), std::io::ErrorKind::Interrupted | std::io::ErrorKind::WouldBlock)
+    matches!(error.kind(), ErrorKind::Interrupted | ErrorKind::WouldBlock)
+}
+
+/// A daemon that stops resets the connections that it has not taken yet: the next one takes them.
+fn broken(what: &str, error: std::io::Error) -> Error {
+    match error.kind() {
+        ErrorKind::ConnectionReset | ErrorKind::BrokenPipe => {
+            Error::caused(Kind::Unavailable, what, error)
+        }
+        _ => Error::io(what, error),
+    }
 }
 
 /// What is left of the time, never nothing.

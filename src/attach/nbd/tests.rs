@@ -14,8 +14,8 @@ fn links(count: usize, flags: u16) -> Links {
     Links { sockets, size: 1 << 20, flags }
 }
 
-fn attachment() -> Attachment {
-    Attachment { dead_after: Duration::from_secs(60), ..Attachment::new("image/a") }
+fn setup() -> Setup {
+    Setup { dead_after: Duration::from_secs(60), ..Setup::new("image/a") }
 }
 
 /// An answer's or a piece of news' bytes, without the message's header.
@@ -27,7 +27,7 @@ fn attributes(message: &Message) -> Vec<u8> {
 #[cfg(target_endian = "little")]
 fn connecting_is_these_bytes() {
     let links = links(2, flag::HAS_FLAGS | flag::CAN_MULTI_CONN);
-    let message = command::connect(37, Choice::Number(3), &attachment(), &links).unwrap();
+    let message = command::connect(37, Choice::Number(3), &setup(), &links).unwrap();
     let [first, second] = [0, 1].map(|at| links.sockets[at].as_raw_fd() as u8);
     let expected = [
         // Length (filled in when sent), family, REQUEST and ACK, sequence, port.
@@ -57,13 +57,13 @@ fn changes_repeat_the_backend_and_never_mix_size_and_sockets() {
     ];
     let links = links(1, 1);
     let descriptor = links.sockets[0].as_raw_fd() as u8;
-    let reconnect = attributes(&command::reconnect(37, 5, &attachment(), &links));
+    let reconnect = attributes(&command::reconnect(37, 5, &setup(), &links));
     let rest = [
         12, 0, 8, 0, 60, 0, 0, 0, 0, 0, 0, 0, //
         16, 0, 7, 0x80, 12, 0, 1, 0x80, 8, 0, 1, 0, descriptor, 0, 0, 0,
     ];
     assert_eq!(reconnect, [&named[..], &rest].concat());
-    let resize = attributes(&command::resize(37, 5, &attachment(), 4096));
+    let resize = attributes(&command::resize(37, 5, &setup(), 4096));
     assert_eq!(resize, [&named[..], &[12, 0, 2, 0, 0, 16, 0, 0, 0, 0, 0, 0]].concat());
     let disconnect = attributes(&command::disconnect(37, 5));
     assert_eq!(disconnect, [8, 0, 1, 0, 5, 0, 0, 0]);
@@ -72,22 +72,22 @@ fn changes_repeat_the_backend_and_never_mix_size_and_sockets() {
 
 #[test]
 fn what_the_kernel_would_refuse_or_round_is_refused_before() {
-    let refused = |what: &Attachment, links: &Links| {
+    let refused = |what: &Setup, links: &Links| {
         command::connect(37, Choice::Any, what, links).unwrap_err().kind()
     };
     let multi = flag::HAS_FLAGS | flag::CAN_MULTI_CONN;
-    assert_eq!(refused(&attachment(), &links(2, flag::HAS_FLAGS)), Kind::Unsupported);
-    assert_eq!(refused(&attachment(), &links(0, multi)), Kind::Invalid);
-    assert_eq!(refused(&attachment(), &links(17, multi)), Kind::Invalid);
+    assert_eq!(refused(&setup(), &links(2, flag::HAS_FLAGS)), Kind::Unsupported);
+    assert_eq!(refused(&setup(), &links(0, multi)), Kind::Invalid);
+    assert_eq!(refused(&setup(), &links(17, multi)), Kind::Invalid);
     for size in [0, 511, 513, u64::MAX - 511, 1 << 63] {
-        assert_eq!(refused(&attachment(), &Links { size, ..links(1, 1) }), Kind::Invalid, "{size}");
+        assert_eq!(refused(&setup(), &Links { size, ..links(1, 1) }), Kind::Invalid, "{size}");
     }
-    let blocks = Attachment { block_size: BlockSize::Block, ..attachment() };
+    let blocks = Setup { block_size: BlockSize::Block, ..setup() };
     assert_eq!(refused(&blocks, &Links { size: 4608, ..links(1, 1) }), Kind::Invalid);
     for backend in ["", "a\0b", "a\nb", &"x".repeat(MAX_BACKEND + 1)] {
-        assert_eq!(Attachment::new(backend).check().unwrap_err().kind(), Kind::Invalid);
+        assert_eq!(Setup::new(backend).check().unwrap_err().kind(), Kind::Invalid);
     }
-    Attachment::new("x".repeat(MAX_BACKEND)).check().unwrap();
+    Setup::new("x".repeat(MAX_BACKEND)).check().unwrap();
 }
 
 #[test]
@@ -120,6 +120,15 @@ fn states_are_read_among_what_is_unknown() {
     }
     command::statuses(1, Attributes::new(&bytes), &mut devices).unwrap();
     assert_eq!(devices.len(), 2, "an answer to something else");
+}
+
+#[test]
+fn the_lowest_free_number_is_found() {
+    let devices = [(0, true), (1, false), (3, true), (2, true), (5, true), (u32::MAX, true)]
+        .map(|(index, used)| Status { index, used });
+    let free = |from| command::free(&devices, from);
+    assert_eq!([0, 1, 2, 4, 5, 9].map(free), [1, 1, 4, 4, 6, 9]);
+    assert_eq!(command::free(&[], 7), 7);
 }
 
 #[test]

@@ -135,6 +135,29 @@ fn several_connections_are_dialled_by_path() {
 }
 
 #[test]
+fn a_daemon_that_stops_in_the_handshake_is_worth_another_try() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("nbd.sock");
+    let listener = UnixListener::bind(&path).unwrap();
+    let stopping = thread::spawn(move || {
+        // One client is taken and reset with its hello unread, one is closed on, one is still in
+        // the queue when the listener goes.
+        let (mut stream, _) = listener.accept().unwrap();
+        stream.write_all(&greeting()).unwrap();
+        let mut first = [0];
+        stream.read_exact(&mut first).unwrap();
+        drop(stream);
+        drop(listener.accept().unwrap());
+        thread::sleep(Duration::from_millis(50));
+    });
+    for _ in 0..3 {
+        let error = Links::dial(&path, "replica/vm1", 1).unwrap_err();
+        assert_eq!(error.kind(), Kind::Unavailable, "{error}");
+    }
+    stopping.join().unwrap();
+}
+
+#[test]
 fn the_hello_is_these_bytes() {
     let mut expected = vec![0, 0, 0, 3];
     expected.extend(b"IHAVEOPT");
