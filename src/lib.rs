@@ -6,6 +6,8 @@
 //! ```text
 //! cli, control          the command line; the HTTP API, the node's service, metrics
 //!    |
+//! attach                the kernel's NBD client as a client of our server
+//!    |
 //! blockdev, image       front ends (NBD) over one Device contract; import and verification
 //!    |
 //! catalog, cow          what is on the disks; overlays
@@ -20,6 +22,7 @@
 //! - Front ends open no file: they are handed a [`blockdev::Device`].
 //! - `unsafe` is found in `io` only, where the code meets the kernel.
 
+pub mod attach;
 pub mod blockdev;
 pub mod catalog;
 pub mod cli;

@@ -25,6 +25,7 @@ use crate::{
     catalog::Name,
     control::{api::Removed, client::Client, event::Refusal, paths::Paths},
     error::{Context, Error, Kind, Result},
+    io::flusher,
 };
 
 /// Underlay: one on-disk copy of each backing image, beneath every replica of a node.
@@ -119,6 +120,11 @@ pub fn run(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
 }
 
 fn dispatch(command: Command, setting: Setting) -> Result<Outcome> {
+    if let Command::Serve(_) = &command {
+        // Before there are threads. Without the privilege the kernel does not allow it, nor does it
+        // attach devices of its own to such a daemon.
+        let _: std::io::Result<()> = flusher::protect();
+    }
     let runtime = match &command {
         Command::Serve(_) | Command::Demo(_) => tokio::runtime::Builder::new_multi_thread(),
         _ => tokio::runtime::Builder::new_current_thread(),

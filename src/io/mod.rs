@@ -8,6 +8,7 @@ pub mod batch;
 pub mod buf;
 pub mod bulk;
 pub mod command;
+pub mod flusher;
 pub mod holes;
 pub mod inherit;
 pub mod loan;

@@ -28,6 +28,7 @@ mod guest;
 mod initramfs;
 mod inside;
 mod machine;
+mod nbd;
 mod power;
 mod run;
 mod smoke;
@@ -106,6 +107,14 @@ pub const TESTS: &[Test] = &[
         limit: Duration::from_secs(400),
         boots: Boots::Shared,
         run: ublk::run,
+    },
+    Test {
+        name: "nbd",
+        about: "the kernel's NBD client: devices that outlive the daemon",
+        disks: &[Disk { name: "a", size: 2 * GIB, fs: Fs::Ext4 }],
+        limit: Duration::from_secs(240),
+        boots: Boots::Shared,
+        run: nbd::run,
     },
     Test {
         name: "power",
