@@ -11,10 +11,11 @@
 
 use std::{
     collections::HashMap,
+    fs::TryLockError,
     future::Future,
     pin::Pin,
     sync::{Arc, Mutex, MutexGuard, PoisonError, Weak},
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use nix::fcntl::{OFlag, PosixFadviseAdvice, posix_fadvise};
@@ -34,6 +35,9 @@ use crate::{
     io::{Ring, RingFile, Rings},
     units::Chunk,
 };
+
+/// How long the files of a replica may be locked by what a former daemon left under way.
+const LOCK_PATIENCE: Duration = Duration::from_secs(10);
 
 /// What stands before an image's name in the name of its export.
 pub const IMAGE: &str = "image/";
@@ -351,6 +355,7 @@ fn open_files(node: &Node, name: &Name, caching: Caching) -> Result<Files> {
         // Clean pages that an earlier, failed sync left behind may not be what is on the disk.
         posix_fadvise(&file, 0, 0, PosixFadviseAdvice::POSIX_FADV_DONTNEED).context(what)?;
         let len = file.metadata().context(what)?.len();
+        lock(&file, name)?;
         Ok((RingFile::new(file).context(what)?, len))
     };
     let (data, data_len) = file(&|flags| open.open_data(flags))?;
@@ -361,6 +366,34 @@ fn open_files(node: &Node, name: &Name, caching: Caching) -> Result<Files> {
         map: file(&|flags| open.open_map(flags))?.0,
         rotational: turns(node, &open.disk),
     })
+}
+
+/// Locks one of the files. A daemon that was killed holds it for as long as the kernel still works on
+/// what the daemon gave it: a write of then must not land on one of now.
+fn lock(file: &std::fs::File, name: &Name) -> Result<()> {
+    let deadline = Instant::now() + LOCK_PATIENCE;
+    loop {
+        match file.try_lock() {
+            Ok(()) => return Ok(()),
+            Err(TryLockError::WouldBlock) if Instant::now() < deadline => {
+                std::thread::sleep(Duration::from_millis(10));
+            }
+            Err(TryLockError::WouldBlock) => {
+                let what = format!(
+                    "replica {name}: its files are locked; another daemon has it, or its disk \
+                     hangs on what a former one wrote"
+                );
+                return Err(Error::new(Kind::Locked, what));
+            }
+            // A file system without locks: nothing is lost but this precaution.
+            Err(TryLockError::Error(error)) if error.raw_os_error() == Some(libc::EOPNOTSUPP) => {
+                return Ok(());
+            }
+            Err(TryLockError::Error(error)) => {
+                return Err(Error::io(format!("replica {name}: locking its files"), error));
+            }
+        }
+    }
 }
 
 fn open_base(node: &Node, digest: Digest, caching: Caching) -> Result<Base> {
