@@ -29,6 +29,10 @@ pub struct Guest {
     pub last: bool,
     /// The seed of what is random.
     pub seed: u64,
+    /// Whether a test that can shall promise more than it was promised, and so must fail.
+    pub overclaim: bool,
+    /// How many of its checks failed.
+    pub failed: u64,
     test: &'static Test,
     dir: PathBuf,
     speaker: Arc<Mutex<Speaker>>,
@@ -39,7 +43,17 @@ impl Guest {
     pub fn new(test: &'static Test, speaker: Arc<Mutex<Speaker>>) -> Result<Guest> {
         let lab = Lab::open()?;
         let dir = lab.dir(test.name)?;
-        Ok(Guest { lab, phase: 0, last: true, seed: 1, test, dir, speaker })
+        Ok(Guest {
+            lab,
+            phase: 0,
+            last: true,
+            seed: 1,
+            overclaim: false,
+            failed: 0,
+            test,
+            dir,
+            speaker,
+        })
     }
 
     /// Runs one check; it passes, fails or is skipped (with [`Unfit`] as its error) as in `Report`.
@@ -57,6 +71,7 @@ impl Guest {
             Err(error) if error.is::<Unfit>() => (State::Skipped, error.to_string()),
             Err(error) => (State::Failed, format!("{error:#}")),
         };
+        self.failed += u64::from(state == State::Failed);
         let name = format!("{}: {name}", self.test.name);
         self.say(&Event::Check { name, state, detail, seconds })?;
         Ok(state == State::Ok)

@@ -25,7 +25,7 @@ const BOOT: Duration = Duration::from_secs(180);
 /// How often the results are looked at.
 const LOOK: Duration = Duration::from_millis(20);
 /// How much of the console a failure shows, in lines.
-const TAIL: usize = 40;
+const TAIL: usize = 60;
 
 /// What a drive does at a power cut.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
