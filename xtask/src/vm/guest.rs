@@ -7,8 +7,8 @@ use std::time::Instant;
 
 use anyhow::{Context, Result, anyhow, bail};
 
-use super::Test;
 use super::wire::{Event, Speaker, State};
+use super::{Disk, Test};
 use crate::daemon::Daemon;
 use crate::lab::{Fs, Lab};
 use crate::place::Profile;
@@ -101,16 +101,17 @@ impl Guest {
 
     /// The block device of a disk that the test asked for.
     pub fn device(&self, disk: &str) -> Result<PathBuf> {
-        let at = self.test.disks.iter().position(|known| known.name == disk);
-        let at = at.ok_or_else(|| anyhow!("test {} has no disk {disk:?}", self.test.name))?;
-        by_name(&format!("disk{at}"))
+        by_name(&format!("disk{}", self.disk(disk)?.0))
+    }
+
+    fn disk(&self, name: &str) -> Result<(usize, &'static Disk)> {
+        let found = self.test.disks.iter().enumerate().find(|(_, disk)| disk.name == name);
+        found.ok_or_else(|| anyhow!("test {} has no disk {name:?}", self.test.name))
     }
 
     /// Makes the file system that the test asked for on a disk, and mounts it.
     pub fn format(&self, disk: &str) -> Result<PathBuf> {
-        let Some(known) = self.test.disks.iter().find(|known| known.name == disk) else {
-            bail!("test {} has no disk {disk:?}", self.test.name);
-        };
+        let known = self.disk(disk)?.1;
         let device = self.device(disk)?;
         let (program, args): (_, &[&str]) = match known.fs {
             Fs::Ext4 => ("mkfs.ext4", &["-q", "-F", "-m", "0"]),
@@ -122,8 +123,24 @@ impl Guest {
         self.mount(disk)
     }
 
+    /// Loads a module that is kept for those who ask; skips the check if the kernel has none.
+    pub fn load(&self, module: &str) -> Result<()> {
+        let Ok(order) = fs::read_to_string(format!("/modules/{module}.order")) else {
+            return Err(Unfit(format!("the guest's kernel has no {module}")).into());
+        };
+        for name in order.lines() {
+            if !Path::new("/sys/module").join(name).exists() {
+                tool("insmod", [format!("/modules/{name}.ko")]).run()?;
+            }
+        }
+        Ok(())
+    }
+
     /// Mounts a disk that was formatted before.
     pub fn mount(&self, disk: &str) -> Result<PathBuf> {
+        if self.disk(disk)?.1.fs == Fs::Btrfs {
+            self.load("btrfs")?;
+        }
         let path = self.dir.join(disk);
         self.mount_device(&self.device(disk)?, &path)?;
         Ok(path)

@@ -81,6 +81,7 @@ fn limited(
         drop(guest);
     } else {
         logs(guest.dir());
+        tail("dmesg", &tool("dmesg", NO_ARGS).out().unwrap_or_default());
         // What failed may hang the sweep: the guest is going to be switched off.
         std::mem::forget(guest);
     }
@@ -90,11 +91,9 @@ fn limited(
 }
 
 fn expired(test: &Test, limit: Duration, speaker: &Arc<Mutex<Speaker>>) {
-    // w: every task that waits for a disk; l: what the processors do.
+    // w: every task that waits for a disk, with its stack.
     let _ = fs::write("/proc/sys/kernel/printk", "7");
-    for key in ["w", "l"] {
-        let _ = fs::write("/proc/sysrq-trigger", key);
-    }
+    let _ = fs::write("/proc/sysrq-trigger", "w");
     logs(&place::run().join(test.name));
     thread::sleep(Duration::from_secs(1));
     let why = format!("not done after {} s; the console tells what hangs", limit.as_secs());
@@ -115,13 +114,12 @@ fn give_up(test: &Test, speaker: &Arc<Mutex<Speaker>>) {
     let _ = reboot(RebootMode::RB_POWER_OFF);
 }
 
-/// Shows the end of each log beneath `dir`, and of the kernel's, on the console.
+/// Shows the end of each log beneath `dir` on the console.
 fn logs(dir: &Path) {
     let found = tool("find", [dir]).args(["-maxdepth", "2", "-name", "*.log"]).out();
     for file in found.unwrap_or_default().lines() {
         tail(file, &String::from_utf8_lossy(&fs::read(file).unwrap_or_default()));
     }
-    tail("dmesg", &tool("dmesg", NO_ARGS).out().unwrap_or_default());
 }
 
 fn tail(name: &str, text: &str) {

@@ -135,7 +135,7 @@ impl Writer<'_> {
         let mut client = Client::open(socket, "replica/vm")?;
         let id = self.id;
         loop {
-            if self.rng.u8(..6) == 0 {
+            if self.rng.u8(..12) == 0 {
                 client.flush()?;
                 self.guest.tell(&format!("f {id}"))?;
                 self.flushed.fetch_add(1, Ordering::SeqCst);

@@ -225,7 +225,8 @@ impl Rig<'_> {
             let mut progress = Progress::default();
             let heard = self.listen(&mut machine, &mut VecDeque::from([test]), &mut progress)?;
             if let Heard::Done = heard {
-                if last == 0 {
+                // A failed check has told so.
+                if last == 0 && !progress.spoilt {
                     bail!("the test ended after {phase} of {} power cuts", options.cuts);
                 }
                 return machine.off(OFF);
@@ -268,11 +269,12 @@ impl Rig<'_> {
             let limit = tests.front().map_or(GRACE, |test| test.limit + GRACE);
             let since = progress.current.as_ref().map_or_else(Instant::now, |(_, since)| *since);
             let events = match machine.events(since + limit) {
-                Err(_) if progress.spoilt => {
+                Ok(events) => events,
+                Err(error) => {
                     note(&format!("vm: boot {}: {}", self.boots, machine.last_words()));
-                    return Ok(Heard::Done);
+                    // It had told of a failed test, and then switched itself off.
+                    return if progress.spoilt { Ok(Heard::Done) } else { Err(error) };
                 }
-                events => events?,
             };
             let mut ready = false;
             for event in events {
