@@ -146,6 +146,22 @@ impl Guest {
         Ok(path)
     }
 
+    /// Makes the device-mapper device `name` of a table; skips the check if a target of it is not
+    /// there. The test removes it (`dmsetup remove --noudevsync NAME`).
+    pub fn mapped(&self, name: &str, table: &str) -> Result<PathBuf> {
+        self.need(&["dmsetup"])?;
+        let known = tool("dmsetup", ["targets"]).out()?;
+        for target in table.lines().filter_map(|line| line.split_whitespace().nth(2)) {
+            if !known.lines().any(|line| line.split_whitespace().next() == Some(target)) {
+                return Err(Unfit(format!("the guest's kernel has no dm-{target}")).into());
+            }
+        }
+        tool("dmsetup", ["create", "--noudevsync", name]).input(table).run()?;
+        // There is no udev that would make the node.
+        tool("dmsetup", ["mknodes", name]).run()?;
+        Ok(Path::new("/dev/mapper").join(name))
+    }
+
     /// Mounts any device at `path`; it is unmounted after the test, whatever happens.
     pub fn mount_device(&self, device: &Path, path: &Path) -> Result<()> {
         fs::create_dir_all(path)?;

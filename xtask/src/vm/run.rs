@@ -3,7 +3,7 @@
 use std::collections::VecDeque;
 use std::fs;
 use std::io::Write;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -11,7 +11,7 @@ use anyhow::{Context, Result, anyhow, bail};
 use fastrand::Rng;
 
 use super::guest::LEDGER;
-use super::initramfs::{self, drive};
+use super::initramfs;
 use super::machine::{Cache, Drive, Machine};
 use super::wire::{Event, State};
 use super::{Boots, TESTS, Test};
@@ -165,8 +165,14 @@ impl Rig<'_> {
     fn shared(&mut self, mut tests: VecDeque<&'static Test>, seed: u64) {
         while !tests.is_empty() {
             let mut progress = Progress::default();
+            let before = tests.len();
             let outcome = self.once(&mut tests, seed, &mut progress);
-            let Err(error) = outcome else { continue };
+            let left = format!("the guest left {} tests undone", tests.len());
+            let error = match outcome {
+                Err(error) => error,
+                Ok(()) if tests.len() < before => continue,
+                Ok(()) => anyhow!(left),
+            };
             // Without a test to blame, another boot would end as this one.
             let Some((name, _)) = progress.current else {
                 return self.report.broken("vm", &error);
@@ -254,7 +260,7 @@ impl Rig<'_> {
         if file.exists() {
             fs::remove_file(&file)?;
         }
-        drive(Path::new(&file), size)?;
+        initramfs::drive(&file, size)?;
         Ok(Drive { name, file, cache })
     }
 
