@@ -7,8 +7,8 @@ use std::time::Instant;
 
 use anyhow::{Context, Result, anyhow, bail};
 
-use super::Test;
 use super::wire::{Event, Speaker, State};
+use super::{Disk, Test};
 use crate::daemon::Daemon;
 use crate::lab::{Fs, Lab};
 use crate::place::Profile;
@@ -29,6 +29,10 @@ pub struct Guest {
     pub last: bool,
     /// The seed of what is random.
     pub seed: u64,
+    /// Whether a test that can shall promise more than it was promised, and so must fail.
+    pub overclaim: bool,
+    /// How many of its checks failed.
+    pub failed: u64,
     test: &'static Test,
     dir: PathBuf,
     speaker: Arc<Mutex<Speaker>>,
@@ -39,7 +43,17 @@ impl Guest {
     pub fn new(test: &'static Test, speaker: Arc<Mutex<Speaker>>) -> Result<Guest> {
         let lab = Lab::open()?;
         let dir = lab.dir(test.name)?;
-        Ok(Guest { lab, phase: 0, last: true, seed: 1, test, dir, speaker })
+        Ok(Guest {
+            lab,
+            phase: 0,
+            last: true,
+            seed: 1,
+            overclaim: false,
+            failed: 0,
+            test,
+            dir,
+            speaker,
+        })
     }
 
     /// Runs one check; it passes, fails or is skipped (with [`Unfit`] as its error) as in `Report`.
@@ -57,6 +71,7 @@ impl Guest {
             Err(error) if error.is::<Unfit>() => (State::Skipped, error.to_string()),
             Err(error) => (State::Failed, format!("{error:#}")),
         };
+        self.failed += u64::from(state == State::Failed);
         let name = format!("{}: {name}", self.test.name);
         self.say(&Event::Check { name, state, detail, seconds })?;
         Ok(state == State::Ok)
@@ -86,16 +101,17 @@ impl Guest {
 
     /// The block device of a disk that the test asked for.
     pub fn device(&self, disk: &str) -> Result<PathBuf> {
-        let at = self.test.disks.iter().position(|known| known.name == disk);
-        let at = at.ok_or_else(|| anyhow!("test {} has no disk {disk:?}", self.test.name))?;
-        by_name(&format!("disk{at}"))
+        by_name(&format!("disk{}", self.disk(disk)?.0))
+    }
+
+    fn disk(&self, name: &str) -> Result<(usize, &'static Disk)> {
+        let found = self.test.disks.iter().enumerate().find(|(_, disk)| disk.name == name);
+        found.ok_or_else(|| anyhow!("test {} has no disk {name:?}", self.test.name))
     }
 
     /// Makes the file system that the test asked for on a disk, and mounts it.
     pub fn format(&self, disk: &str) -> Result<PathBuf> {
-        let Some(known) = self.test.disks.iter().find(|known| known.name == disk) else {
-            bail!("test {} has no disk {disk:?}", self.test.name);
-        };
+        let known = self.disk(disk)?.1;
         let device = self.device(disk)?;
         let (program, args): (_, &[&str]) = match known.fs {
             Fs::Ext4 => ("mkfs.ext4", &["-q", "-F", "-m", "0"]),
@@ -107,11 +123,43 @@ impl Guest {
         self.mount(disk)
     }
 
+    /// Loads a module that is kept for those who ask; skips the check if the kernel has none.
+    pub fn load(&self, module: &str) -> Result<()> {
+        let Ok(order) = fs::read_to_string(format!("/modules/{module}.order")) else {
+            return Err(Unfit(format!("the guest's kernel has no {module}")).into());
+        };
+        for name in order.lines() {
+            if !Path::new("/sys/module").join(name).exists() {
+                tool("insmod", [format!("/modules/{name}.ko")]).run()?;
+            }
+        }
+        Ok(())
+    }
+
     /// Mounts a disk that was formatted before.
     pub fn mount(&self, disk: &str) -> Result<PathBuf> {
+        if self.disk(disk)?.1.fs == Fs::Btrfs {
+            self.load("btrfs")?;
+        }
         let path = self.dir.join(disk);
         self.mount_device(&self.device(disk)?, &path)?;
         Ok(path)
+    }
+
+    /// Makes the device-mapper device `name` of a table; skips the check if a target of it is not
+    /// there. The test removes it (`dmsetup remove --noudevsync NAME`).
+    pub fn mapped(&self, name: &str, table: &str) -> Result<PathBuf> {
+        self.need(&["dmsetup"])?;
+        let known = tool("dmsetup", ["targets"]).out()?;
+        for target in table.lines().filter_map(|line| line.split_whitespace().nth(2)) {
+            if !known.lines().any(|line| line.split_whitespace().next() == Some(target)) {
+                return Err(Unfit(format!("the guest's kernel has no dm-{target}")).into());
+            }
+        }
+        tool("dmsetup", ["create", "--noudevsync", name]).input(table).run()?;
+        // There is no udev that would make the node.
+        tool("dmsetup", ["mknodes", name]).run()?;
+        Ok(Path::new("/dev/mapper").join(name))
     }
 
     /// Mounts any device at `path`; it is unmounted after the test, whatever happens.

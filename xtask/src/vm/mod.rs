@@ -13,7 +13,7 @@
 //! - `guest.check("what must hold", |guest| ... Ok(figures))?` for each thing that is checked. An
 //!   error fails the check and the test goes on; `?` outside of a check ends the test as failed.
 //! - `guest.format("a")?` gives disk a with its file system, mounted; `guest.device("a")?` the bare
-//!   device (also for dmsetup; `guest.mount_device` mounts what was made on it).
+//!   device; `guest.mapped` a device-mapper device on it, `guest.mount_device` mounts any of them.
 //! - `guest.daemon("")?` a daemon of its own, `guest.dir()` a directory in memory.
 //! - `guest.need(&["fio"])?` skips the check, loudly, where the host lacks a program; a new program
 //!   goes into the list in `initramfs.rs`, a new kernel module as well.

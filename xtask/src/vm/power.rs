@@ -57,12 +57,15 @@ pub fn run(guest: &mut Guest) -> Result<()> {
             }
             ensure!(model.flushes > 0, "no flush was acknowledged before the cut");
             let found = model.check(daemon.nbd(), &base)?;
-            for (sector, number) in &found {
+            for Found { sector, number, .. } in &found {
                 guest.tell(&format!("c {sector} {number}"))?;
             }
             let Model { writes, flushes, .. } = model;
-            let open = found.len();
-            Ok(format!("{writes} writes, {flushes} flushes so far; {open} sectors were open"))
+            let (open, lost) = (found.len(), found.iter().filter(|found| found.lost).count());
+            Ok(format!(
+                "{writes} writes, {flushes} flushes so far; of {open} sectors without a flush \
+                 {lost} were lost"
+            ))
         })?;
         if !passed || guest.last {
             return Ok(());
@@ -132,7 +135,7 @@ impl Writer<'_> {
         let mut client = Client::open(socket, "replica/vm")?;
         let id = self.id;
         loop {
-            if self.rng.u8(..6) == 0 {
+            if self.rng.u8(..12) == 0 {
                 client.flush()?;
                 self.guest.tell(&format!("f {id}"))?;
                 self.flushed.fetch_add(1, Ordering::SeqCst);
@@ -151,7 +154,7 @@ impl Writer<'_> {
                 let data: Vec<u8> = sectors.flat_map(|sector| fill(number, sector)).collect();
                 client.write(first * SECTOR, &data, flags)?;
             }
-            if flags == FUA {
+            if flags == FUA || self.guest.overclaim {
                 self.guest.tell(&format!("u {id}"))?;
             }
         }
@@ -226,7 +229,7 @@ impl Model {
     }
 
     /// Compares image and replica. Returns what was found where there was a choice.
-    fn check(&self, socket: &Path, base: &[u8]) -> Result<Vec<(u64, u64)>> {
+    fn check(&self, socket: &Path, base: &[u8]) -> Result<Vec<Found>> {
         let image = Client::open(socket, "image/base")?.read_all(SIZE)?;
         if let Some(at) = pattern::differ(&image, base) {
             bail!("the image has changed at byte {at}");
@@ -250,11 +253,20 @@ impl Model {
                 bail!("sector {sector} may hold writes {numbers:?}, but starts with {head:02x?}");
             };
             if numbers.len() > 1 {
-                open.push((sector, *number));
+                let lost = numbers.last() != Some(number);
+                open.push(Found { sector, number: *number, lost });
             }
         }
         Ok(open)
     }
+}
+
+/// What was found in a sector that might have held something else.
+struct Found {
+    sector: u64,
+    number: u64,
+    /// It isn't the last that was written.
+    lost: bool,
 }
 
 /// The content of a sector in write `number`: no other write's, no other sector's.
@@ -264,7 +276,7 @@ fn fill(number: u64, sector: u64) -> [u8; SECTOR as usize] {
     bytes
 }
 
-const _: () = assert!(WRITTEN * SECTOR < SIZE && SHARED % (2 * WRITERS) == 0);
+const _: () = assert!(WRITTEN * SECTOR < SIZE && SHARED.is_multiple_of(2 * WRITERS));
 
 #[cfg(test)]
 mod tests {

@@ -3,7 +3,7 @@
 use std::collections::VecDeque;
 use std::fs;
 use std::io::Write;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -11,7 +11,7 @@ use anyhow::{Context, Result, anyhow, bail};
 use fastrand::Rng;
 
 use super::guest::LEDGER;
-use super::initramfs::{self, drive};
+use super::initramfs;
 use super::machine::{Cache, Drive, Machine};
 use super::wire::{Event, State};
 use super::{Boots, TESTS, Test};
@@ -45,6 +45,10 @@ pub struct Options {
     /// Test the release build
     #[arg(long)]
     release: bool,
+    /// Count each write of `power` as flushed: proves that a cut loses what was not, and that the
+    /// rig sees it (it must fail)
+    #[arg(long)]
+    overclaim: bool,
     /// The seed of what is written, and of when the power is cut
     #[arg(long, default_value_t = 1)]
     seed: u64,
@@ -53,7 +57,14 @@ pub struct Options {
 impl Options {
     /// What `cargo xtask test` runs: everything, with the build that cargo has just made.
     pub fn everything() -> Options {
-        Options { tests: Vec::new(), list: false, cuts: 3, release: false, seed: 1 }
+        Options {
+            tests: Vec::new(),
+            list: false,
+            cuts: 3,
+            release: false,
+            overclaim: false,
+            seed: 1,
+        }
     }
 
     /// Prints what tests there are, if that was asked for.
@@ -135,8 +146,8 @@ struct Progress {
     /// The test that runs now, and since when.
     current: Option<(String, Instant)>,
     ledger: String,
-    /// A test has told that it hangs.
-    hung: bool,
+    /// A test has failed, and the guest switches itself off.
+    spoilt: bool,
 }
 
 impl Rig<'_> {
@@ -152,12 +163,18 @@ impl Rig<'_> {
         }
     }
 
-    /// Runs tests in one boot, and those after one that hangs in another.
+    /// Runs tests in one boot, and those after one that fails in another.
     fn shared(&mut self, mut tests: VecDeque<&'static Test>, seed: u64) {
         while !tests.is_empty() {
             let mut progress = Progress::default();
+            let before = tests.len();
             let outcome = self.once(&mut tests, seed, &mut progress);
-            let Err(error) = outcome else { continue };
+            let left = format!("the guest left {} tests undone", tests.len());
+            let error = match outcome {
+                Err(error) => error,
+                Ok(()) if tests.len() < before => continue,
+                Ok(()) => anyhow!(left),
+            };
             // Without a test to blame, another boot would end as this one.
             let Some((name, _)) = progress.current else {
                 return self.report.broken("vm", &error);
@@ -207,15 +224,17 @@ impl Rig<'_> {
             fs::write(&file, whole)?;
             let last = u8::from(phase == options.cuts);
             let (name, seed) = (test.name, options.seed);
+            let overclaim = u8::from(options.overclaim);
             let words = format!(
                 "underlay.tests={name} underlay.phase={phase} underlay.last={last} \
-                 underlay.seed={seed}"
+                 underlay.seed={seed} underlay.overclaim={overclaim}"
             );
             let mut machine = self.boot(&drives, &words)?;
             let mut progress = Progress::default();
             let heard = self.listen(&mut machine, &mut VecDeque::from([test]), &mut progress)?;
             if let Heard::Done = heard {
-                if last == 0 {
+                // A failed check has told so.
+                if last == 0 && !progress.spoilt {
                     bail!("the test ended after {phase} of {} power cuts", options.cuts);
                 }
                 return machine.off(OFF);
@@ -243,7 +262,7 @@ impl Rig<'_> {
         if file.exists() {
             fs::remove_file(&file)?;
         }
-        drive(Path::new(&file), size)?;
+        initramfs::drive(&file, size)?;
         Ok(Drive { name, file, cache })
     }
 
@@ -258,9 +277,12 @@ impl Rig<'_> {
             let limit = tests.front().map_or(GRACE, |test| test.limit + GRACE);
             let since = progress.current.as_ref().map_or_else(Instant::now, |(_, since)| *since);
             let events = match machine.events(since + limit) {
-                // A test that hung has told so, and has switched the guest off.
-                Err(_) if progress.hung => return Ok(Heard::Done),
-                events => events?,
+                Ok(events) => events,
+                Err(error) => {
+                    note(&format!("vm: boot {}: {}", self.boots, machine.last_words()));
+                    // It had told of a failed test, and then switched itself off.
+                    return if progress.spoilt { Ok(Heard::Done) } else { Err(error) };
+                }
             };
             let mut ready = false;
             for event in events {
@@ -299,7 +321,7 @@ impl Rig<'_> {
                     note(&format!("vm: {name}: {:.1} s", since.elapsed().as_secs_f64()));
                 }
             }
-            Event::Hung => progress.hung = true,
+            Event::Spoilt => progress.spoilt = true,
             Event::Ready | Event::Done => {}
         }
         Ok(())

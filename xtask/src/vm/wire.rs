@@ -38,8 +38,8 @@ pub enum Event {
     Ledger(String),
     /// The power may be cut.
     Ready,
-    /// The test that runs outstayed its limit; the guest switches itself off.
-    Hung,
+    /// A test has failed: nothing else runs in this guest, and it switches itself off.
+    Spoilt,
     /// The test is over.
     End(String),
     /// So are all.
@@ -72,7 +72,7 @@ impl Event {
             }
             Event::Ledger(line) => json!({"ledger": line}),
             Event::Ready => json!({"ready": true}),
-            Event::Hung => json!({"hung": true}),
+            Event::Spoilt => json!({"spoilt": true}),
             Event::End(test) => json!({"end": test}),
             Event::Done => json!({"done": true}),
         };
@@ -107,7 +107,7 @@ impl Event {
             ("ledger", _) => Ok(Event::Ledger(word()?)),
             ("end", _) => Ok(Event::End(word()?)),
             ("ready", Value::Bool(true)) => Ok(Event::Ready),
-            ("hung", Value::Bool(true)) => Ok(Event::Hung),
+            ("spoilt", Value::Bool(true)) => Ok(Event::Spoilt),
             ("done", Value::Bool(true)) => Ok(Event::Done),
             _ => Err(foreign()),
         }
@@ -189,7 +189,7 @@ mod tests {
             check,
             Event::Ledger("w 1 2 3".into()),
             Event::Ready,
-            Event::Hung,
+            Event::Spoilt,
             Event::End("smoke".into()),
             Event::Done,
         ];
