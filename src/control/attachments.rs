@@ -35,8 +35,6 @@ use crate::{
 
 /// Where links to the devices are made.
 const LINKS: &str = "/dev/underlay";
-/// Where udev listens: it makes the links then.
-const UDEV: &str = "/run/udev/control";
 /// Numbers that are tried for a new device.
 const NUMBERS: u32 = 4096;
 
@@ -326,7 +324,7 @@ fn view(entry: &Entry) -> AttachmentView {
     }
 }
 
-/// Makes the device's link, unless udev does. Without it nothing is lost but a convenience.
+/// Makes the device's link. Without it nothing is lost but a convenience.
 fn link(record: &Attachment) {
     let made = || -> io::Result<()> {
         let link = link_path(record);
@@ -339,9 +337,7 @@ fn link(record: &Attachment) {
         }
         std::os::unix::fs::symlink(path(record), link)
     };
-    if !Path::new(UDEV).exists()
-        && let Err(error) = made().context(|| format!("linking {}", link_path(record).display()))
-    {
+    if let Err(error) = made().context(|| format!("linking {}", link_path(record).display())) {
         tracing::warn!(%error, "no link to a device");
     }
 }
