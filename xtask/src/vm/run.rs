@@ -24,6 +24,8 @@ use crate::tool::tool;
 
 /// How much longer than its own limit a test may take before the host ends the guest.
 const GRACE: Duration = Duration::from_secs(30);
+/// How often a guest is switched on until it comes up.
+const STARTS: u32 = 3;
 /// How long a guest may take to switch itself off.
 const OFF: Duration = Duration::from_secs(30);
 /// How long a test works between its word and the cut, in milliseconds.
@@ -249,7 +251,21 @@ impl Rig<'_> {
         bail!("the test did not end after the last power cut")
     }
 
+    /// Switches a guest on, once more if it doesn't get to its driver: the emulator now and then trips
+    /// over code that a kernel patches while it starts, and nothing of ours has run by then.
     fn boot(&mut self, drives: &[Drive], words: &str) -> Result<Machine> {
+        for _ in 1..STARTS {
+            let mut machine = self.start(drives, words)?;
+            let Err(error) = machine.up() else { return Ok(machine) };
+            note(&format!("vm: boot {}: {error:#}; {}", self.boots, machine.last_words()));
+            note("vm: once more");
+        }
+        let mut machine = self.start(drives, words)?;
+        machine.up()?;
+        Ok(machine)
+    }
+
+    fn start(&mut self, drives: &[Drive], words: &str) -> Result<Machine> {
         self.boots += 1;
         let name = format!("boot{}", self.boots);
         let system = (&self.kernel, self.initrd.as_path());
