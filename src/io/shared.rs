@@ -11,7 +11,7 @@ use std::{
 
 use nix::{
     fcntl::FallocateFlags,
-    sys::mman::{MapFlags, ProtFlags, mmap, munmap},
+    sys::mman::{MapFlags, MmapAdvise, ProtFlags, madvise, mmap, munmap},
 };
 
 use crate::cow::tail::Memory;
@@ -47,6 +47,9 @@ impl SharedFile {
         let protection = ProtFlags::PROT_READ | ProtFlags::PROT_WRITE;
         // SAFETY: a new mapping, at an address of the kernel's choice, that only this value knows.
         let start = unsafe { mmap(None, len, protection, MapFlags::MAP_SHARED, &file, 0) }?;
+        // Pages that were not asked for would only take memory. Without the advice they do.
+        // SAFETY: the mapping is this value's own, and this advice changes no content.
+        let _ = unsafe { madvise(start, len.get(), MmapAdvise::MADV_RANDOM) };
         let allocated = (0..(bytes / PAGE).div_ceil(64)).map(|_| AtomicU64::new(0)).collect();
         Ok(SharedFile { file, start, len, allocated })
     }
