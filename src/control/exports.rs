@@ -352,10 +352,10 @@ fn open_files(node: &Node, name: &Name, caching: Caching) -> Result<Files> {
     let what = || format!("replica {name}: opening its overlay");
     let file = |open: &dyn Fn(OFlag) -> Result<std::fs::File>| -> Result<(RingFile, u64)> {
         let file = opened(caching, open)?;
+        lock(&file, name)?;
         // Clean pages that an earlier, failed sync left behind may not be what is on the disk.
         posix_fadvise(&file, 0, 0, PosixFadviseAdvice::POSIX_FADV_DONTNEED).context(what)?;
         let len = file.metadata().context(what)?.len();
-        lock(&file, name)?;
         Ok((RingFile::new(file).context(what)?, len))
     };
     let (data, data_len) = file(&|flags| open.open_data(flags))?;

@@ -152,6 +152,13 @@ impl<I: Io> Overlay<I> {
                 Need::Checkpoint
             }
             Want::EmptyJournal if journal.next > 0 || journal.replayed => Need::Checkpoint,
+            // Written in place, nothing else: the map must tell that this session did, or the tail of
+            // an earlier one would pass for newer.
+            _ if journal.superblock.session != self.changes.session()
+                && self.writes.load(Ordering::Acquire) > 0 =>
+            {
+                Need::Checkpoint
+            }
             _ => Need::Room(journal.room()),
         };
         let captured = self.changes.capture(need, 1 - journal.superblock.area());

@@ -146,7 +146,9 @@ impl BlockDevice {
         block.start_queues(rings, info).await?;
         block.waited(|control, id| control.end_recovery(id)).await?;
         // It may have grown just before the former server went.
-        block.resize(size).await?;
+        if let Err(error) = block.resize(size).await {
+            tracing::warn!(device = %block.path(), %error, "it is served, at its old size");
+        }
         Ok(block)
     }
 
