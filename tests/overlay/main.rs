@@ -7,6 +7,7 @@ mod damage;
 mod failures;
 mod files;
 mod model;
+mod tail;
 mod threads;
 
 use underlay::{
