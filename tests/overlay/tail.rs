@@ -13,7 +13,7 @@ fn place() -> Place {
 }
 
 fn open(disk: &Disk, tail: Option<Place>) -> Overlay<Sim> {
-    disk.run(Overlay::open(&disk.sim, disk.data, disk.map, ID, tail)).unwrap()
+    disk.run(Overlay::open(&disk.sim, disk.data, disk.map, ID, tail)).expect("it opens")
 }
 
 #[test]
