@@ -1,9 +1,8 @@
 //! The kernel's NBD client: /dev/nbdN devices whose requests come to our own NBD server.
 //!
 //! ```text
-//!  dial: N connections to our socket, shaken hands -> Links
-//!      connect ------> /dev/nbdN serves; the kernel holds the connections, ours are closed
-//!      LINK_DEAD ----> a connection ended; requests wait, for `dead_after` at most
+//!      connect ------> /dev/nbdN serves; the kernel holds the clients' ends of the connections
+//!      one ends -----> its requests wait, for `dead_after` at most
 //!      reconnect ----> new connections take the place of the dead ones, requests are sent again
 //!      disconnect ---> no more I/O; the device is free once nobody has it open
 //! ```
@@ -34,10 +33,10 @@
 
 pub mod command;
 pub mod device;
-pub mod dial;
+pub mod served;
 
 use std::{
-    os::fd::{AsFd, BorrowedFd},
+    os::unix::net::UnixStream,
     path::{Path, PathBuf},
     thread,
     time::{Duration, Instant},
@@ -46,11 +45,10 @@ use std::{
 use nix::errno::Errno;
 
 pub use command::{BlockSize, Status};
-pub use dial::Links;
 
-use super::netlink::{Attributes, Failure, Family, Heard, Malformed, Message, Refused, Socket};
+use super::netlink::{Attributes, Failure, Malformed, Message, Refused, Socket};
 use crate::error::{Error, Kind, Result};
-use command::{FAMILY, GROUP};
+use command::FAMILY;
 
 /// How often a request looks whether its connection was replaced.
 pub const RESEND: Duration = Duration::from_secs(1);
@@ -77,6 +75,18 @@ pub enum Choice {
     Any,
     /// /dev/nbdN with this N; the kernel makes it if need be.
     Number(u32),
+}
+
+/// The clients' ends of connections to one export, ready for requests. Dropping them closes what
+/// the kernel did not take.
+#[derive(Debug)]
+pub struct Links {
+    /// The connections.
+    pub sockets: Vec<UnixStream>,
+    /// The export's size in bytes.
+    pub size: u64,
+    /// The export's transmission flags.
+    pub flags: u16,
 }
 
 /// What the kernel is told of a device beside its connections.
@@ -113,7 +123,7 @@ impl Setup {
 #[derive(Debug)]
 pub struct Client {
     socket: Socket,
-    family: Family,
+    family: u16,
     sysfs: PathBuf,
 }
 
@@ -132,7 +142,7 @@ impl Client {
             Choice::Any => format!("attaching {} to an NBD device", what.backend),
             Choice::Number(index) => format!("attaching {} to /dev/nbd{index}", what.backend),
         };
-        let message = command::connect(self.family.id, choice, what, &links)
+        let message = command::connect(self.family, choice, what, &links)
             .map_err(|error| error.within(attaching()))?;
         let mut index = None;
         self.ask(message, |command, attributes| {
@@ -152,18 +162,17 @@ impl Client {
                 found.ok_or_else(|| lost().within(attaching()))?.index
             }
         };
-        self.set_resend(index, links.count());
+        self.set_resend(index, links.sockets.len());
         Ok(index)
     }
 
     /// Gives a device whose connections ended new ones; what was under way is sent again.
     ///
-    /// The kernel drops connections that it has no use for, and does not tell: a device whose old
-    /// ones have not ended yet keeps these. So whoever reconnects has a [`Watch`] open before, and
-    /// reconnects again when that says so.
+    /// The kernel closes connections that it has no use for, because it has not noticed yet that an
+    /// old one ended. Whoever serves them sees them end, and reconnects again.
     pub fn reconnect(&mut self, index: u32, what: &Setup, links: Links) -> Result<()> {
         what.check()?;
-        let message = command::reconnect(self.family.id, index, what, &links);
+        let message = command::reconnect(self.family, index, what, &links);
         self.change(index, what, "reconnecting", message)
     }
 
@@ -194,10 +203,10 @@ impl Client {
             self.set_resend(index, queues);
             return Err(error.within(resizing));
         }
-        let limits = |timeout, dead| command::limits(self.family.id, index, what, timeout, dead);
+        let limits = |timeout, dead| command::limits(self.family, index, what, timeout, dead);
         let limited = limits(RESIZE_TIMEOUT, RESIZE_DEAD_AFTER);
         let restored = limits(Duration::ZERO, what.dead_after);
-        let resized = command::resize(self.family.id, index, what, size);
+        let resized = command::resize(self.family, index, what, size);
         let resized = self
             .change(index, what, "resizing", limited)
             .and_then(|()| self.change(index, what, "resizing", resized));
@@ -235,7 +244,7 @@ impl Client {
     /// Ends a device: I/O on it fails from now on, and its connections are closed. Not an error for
     /// one that is not attached. The kernel does not ask who uses the device: [`device::users`] does.
     pub fn disconnect(&mut self, index: u32) -> Result<()> {
-        let message = command::disconnect(self.family.id, index);
+        let message = command::disconnect(self.family, index);
         self.ask(message, |_, _| Ok(())).map_err(|failure| {
             explain(failure, Action::Disconnect).within(format!("detaching /dev/nbd{index}"))
         })
@@ -250,7 +259,7 @@ impl Client {
     /// Which devices there are, and which are in use: attached, or no longer but still open.
     pub fn status(&mut self) -> Result<Vec<Status>> {
         let mut devices = Vec::new();
-        let message = command::status(self.family.id);
+        let message = command::status(self.family);
         self.ask(message, |command, attributes| {
             command::statuses(command, attributes, &mut devices)
         })
@@ -290,56 +299,7 @@ impl Client {
     }
 }
 
-/// News of devices whose connections ended, while the daemon runs. The kernel tells them in its
-/// first network namespace only.
-#[derive(Debug)]
-pub struct Watch {
-    socket: Socket,
-    family: u16,
-}
-
-/// One piece of news.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum News {
-    /// A connection of this device ended, and nobody wanted it to.
-    Dead(u32),
-    /// News came faster than they were taken: any device's connections may have ended.
-    Lost,
-}
-
-impl Watch {
-    /// Hears all news from now on.
-    pub fn open() -> Result<Watch> {
-        let mut socket = Socket::open(ANSWER)?;
-        let family = find_family(&mut socket)?;
-        let group = family.groups.iter().find(|(name, _)| name == GROUP);
-        let Some((_, group)) = group else {
-            let what = "this kernel's NBD client tells nobody of dead connections";
-            return Err(Error::new(Kind::Unsupported, what));
-        };
-        socket.join(*group)?;
-        Ok(Watch { socket, family: family.id })
-    }
-
-    /// What happened until `limit` has passed, at the latest; empty if nothing did.
-    pub fn news(&mut self, limit: Duration) -> Result<Vec<News>> {
-        let family = self.family;
-        match self.socket.receive(limit) {
-            Ok(Heard::Datagram(datagram)) => Ok(command::news(family, datagram)),
-            Ok(Heard::Nothing) => Ok(Vec::new()),
-            Ok(Heard::Overrun) => Ok(vec![News::Lost]),
-            Err(error) => Err(error.within("watching NBD devices")),
-        }
-    }
-}
-
-impl AsFd for Watch {
-    fn as_fd(&self) -> BorrowedFd<'_> {
-        self.socket.as_fd()
-    }
-}
-
-fn find_family(socket: &mut Socket) -> Result<Family> {
+fn find_family(socket: &mut Socket) -> Result<u16> {
     socket.family(FAMILY)?.ok_or_else(|| {
         let what = "the kernel's NBD client is not there; load it with `modprobe nbd`, or attach \
                     with --via ublk";

@@ -16,7 +16,7 @@ use nix::errno::Errno;
 
 mod socket;
 
-pub use socket::{Failure, Heard, Socket};
+pub use socket::{Failure, Socket};
 
 /// Bytes of a netlink message's header.
 const HEADER: usize = 16;
@@ -47,9 +47,6 @@ const GET_FAMILY: u8 = 3;
 const CONTROL_VERSION: u8 = 2;
 const FAMILY_ID: u16 = 1;
 const FAMILY_NAME: u16 = 2;
-const FAMILY_GROUPS: u16 = 7;
-const GROUP_NAME: u16 = 1;
-const GROUP_ID: u16 = 2;
 
 /// A request to a family, built attribute by attribute.
 #[derive(Clone, Debug)]
@@ -143,11 +140,11 @@ pub struct Malformed {
 /// One message from the kernel.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Received<'a> {
-    /// An answer, or news that a group is told.
+    /// An answer.
     Data {
         /// The family's number.
         family: u16,
-        /// The request's number; 0 for news.
+        /// The request's number.
         sequence: u32,
         /// The family's command.
         command: u8,
@@ -315,30 +312,12 @@ impl<'a> Iterator for Attributes<'a> {
     }
 }
 
-/// A family as the kernel knows it now: numbers differ from boot to boot.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Family {
-    /// Its number.
-    pub id: u16,
-    /// Its groups for news, by name.
-    pub groups: Vec<(String, u32)>,
-}
-
-impl Family {
-    /// Takes apart what the control family says; `None` if it names no number.
-    fn decode(attributes: Attributes<'_>) -> Result<Option<Family>, Malformed> {
-        let Some(id) = attributes.find(FAMILY_ID)? else { return Ok(None) };
-        let wrong = Malformed { what: "a family's number", claimed: 2, there: id.len() };
-        let id = u16::from_ne_bytes(id.try_into().map_err(|_| wrong)?);
-        let mut groups = Vec::new();
-        for group in Attributes::new(attributes.find(FAMILY_GROUPS)?.unwrap_or_default()) {
-            let group = Attributes::new(group?.1);
-            if let (Some(name), Some(id)) = (group.find(GROUP_NAME)?, group.u32(GROUP_ID)?) {
-                groups.push((text_of(name).into_owned(), id));
-            }
-        }
-        Ok(Some(Family { id, groups }))
-    }
+/// The family's number, of what the control family says; `None` if it tells none. Numbers differ
+/// from boot to boot.
+fn family_of(attributes: Attributes<'_>) -> Result<Option<u16>, Malformed> {
+    let Some(id) = attributes.find(FAMILY_ID)? else { return Ok(None) };
+    let wrong = Malformed { what: "a family's number", claimed: 2, there: id.len() };
+    Ok(Some(u16::from_ne_bytes(id.try_into().map_err(|_| wrong)?)))
 }
 
 /// Up to the first NUL, as text.
@@ -355,12 +334,6 @@ fn u32_at(bytes: &[u8], at: usize) -> Option<u32> {
 /// Messages and attributes begin at multiples of four.
 const fn aligned(len: usize) -> usize {
     len.next_multiple_of(4)
-}
-
-/// A number as the kernel has it.
-#[cfg(test)]
-pub(super) fn host_u32(number: u32) -> [u8; 4] {
-    number.to_ne_bytes()
 }
 
 #[cfg(test)]

@@ -32,3 +32,14 @@ impl AnyDevice {
         }
     }
 }
+
+/// An open device under its name. Whoever serves it holds a clone until nothing is under way any
+/// more: what is held is neither removed nor opened a second time.
+pub struct Export {
+    /// As clients call it: `image/NAME` or `replica/NAME`.
+    pub name: String,
+    /// For people.
+    pub description: String,
+    /// What reads and writes.
+    pub device: AnyDevice,
+}

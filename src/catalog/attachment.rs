@@ -36,8 +36,6 @@ pub struct Attachment {
     pub depth: u16,
     /// Never without copying.
     pub copy: bool,
-    /// Made without privileges.
-    pub unprivileged: bool,
     /// The kernel looks for partitions.
     pub scan: bool,
 }
@@ -102,7 +100,6 @@ mod tests {
             queues: 2,
             depth: 64,
             copy: false,
-            unprivileged: false,
             scan: true,
         };
         let node = Node::open(directory.path()).unwrap();

@@ -36,9 +36,6 @@ pub struct Attach {
     /// Copy data between kernel and daemon, also where that isn't needed.
     #[arg(long)]
     copy: bool,
-    /// Make the device without privileges: it copies, and ends with the daemon.
-    #[arg(long)]
-    unprivileged: bool,
     /// Have the kernel look for partitions on it.
     #[arg(long)]
     scan: bool,
@@ -65,7 +62,6 @@ impl Attach {
             queues: self.queues,
             depth: self.depth,
             copy: self.copy,
-            unprivileged: self.unprivileged,
             scan: self.scan,
         };
         let attached: AttachmentView = setting.client()?.post("/v1/attachments", &request).await?;

@@ -174,7 +174,7 @@ fn shown(socket: &Option<PathBuf>) -> std::path::Display<'_> {
 async fn stop(server: Server, service: Arc<Service>, limit: Duration) -> Outcome {
     service.cancel_jobs();
     tokio::join!(server.stop(limit), service.dismiss_clients(limit));
-    let mut failures = service.hand_over().await;
+    let mut failures = service.hand_over(limit).await;
     failures.extend(service.close(limit).await);
     for error in &failures {
         tracing::error!(%error, "closing");

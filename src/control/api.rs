@@ -200,9 +200,6 @@ pub struct Attach {
     /// Copy data between kernel and daemon, also where that isn't needed.
     #[serde(default)]
     pub copy: bool,
-    /// Make the device without privileges.
-    #[serde(default)]
-    pub unprivileged: bool,
     /// Have the kernel look for partitions.
     #[serde(default)]
     pub scan: bool,

@@ -5,23 +5,33 @@
 //! - An attachment is recorded before its device is made, and until the device is gone: whatever
 //!   ends this process, the next one finds every device that it left.
 //! - An attachment holds its export open: nobody can remove what the kernel may be writing to.
-//! - A device whose export can't be opened waits, it does not fail: its requests are served when the
-//!   disk is back and the daemon has restarted, or the attachment is asked for again.
+//! - A device whose export can't be opened waits, it does not fail: it is tried again every
+//!   [`RETRY`], and its requests are served once the disk is back.
+//! - Whoever only looks waits for nobody: a driver that hangs on one device holds up that device's
+//!   attachment and no other.
+
+mod device;
+mod links;
 
 use std::{
-    collections::BTreeMap,
-    fs, io,
-    path::{Path, PathBuf},
-    sync::{Arc, PoisonError},
+    collections::{BTreeMap, BTreeSet},
+    sync::{Arc, Mutex, MutexGuard, PoisonError, Weak},
+    time::Duration,
 };
 
-use tokio::sync::Mutex;
+use futures_util::future::join_all;
+use tokio::{
+    sync::{Mutex as AsyncMutex, OwnedMutexGuard, watch},
+    time::timeout,
+};
 use uuid::Uuid;
 
+use self::device::{Device, NBD_DEPTH, clear, find, free_number, path};
+pub use self::{device::Servers, links::Links};
 use crate::{
     blockdev::{
-        nbd::Export,
-        ublk::{self, BlockDevice, Mode, Options, Stop, device::Found},
+        Export,
+        ublk::{Mode, Stop, device::Found},
     },
     catalog::{Attachment, Name, Node, Target, Via},
     control::{
@@ -29,225 +39,347 @@ use crate::{
         exports::{Exports, IMAGE, REPLICA},
         service::blocking,
     },
-    error::{Context, Error, Kind, Result},
-    io::Rings,
+    error::{Error, Kind, Result},
 };
 
-/// Where links to the devices are made.
-const LINKS: &str = "/dev/underlay";
-/// Numbers that are tried for a new device.
-const NUMBERS: u32 = 4096;
+/// How long a start waits for devices that are found again; the others come when they can.
+const START: Duration = Duration::from_secs(20);
+/// How long a command waits for another one about the same attachment.
+const PATIENCE: Duration = Duration::from_secs(5);
+/// How often an attachment that waits is tried again.
+const RETRY: Duration = Duration::from_secs(10);
+/// Requests that a queue may have under way, unless asked for otherwise.
+const DEPTH: u16 = 64;
 
 /// The table of attachments.
 pub struct Attachments {
     node: Node,
-    rings: Arc<Rings>,
+    servers: Servers,
     exports: Arc<Exports>,
-    table: Mutex<BTreeMap<Uuid, Entry>>,
-    /// What is in the table, for those who can't wait for it.
-    devices: std::sync::Mutex<Vec<(Target, String)>>,
+    links: Links,
+    table: Mutex<BTreeMap<Uuid, Arc<Entry>>>,
+    /// Held while the table's records are written.
+    file: AsyncMutex<()>,
+    /// True once devices are handed over: none is taken up any more.
+    closing: watch::Sender<bool>,
 }
 
+/// One attachment. Its state is locked for as long as its device is made, changed or removed.
 struct Entry {
-    record: Attachment,
-    state: State,
+    known: Mutex<Known>,
+    state: Arc<AsyncMutex<State>>,
 }
 
-enum State {
-    /// It is served. The export stays open for as long.
-    Live { device: BlockDevice, _export: Arc<Export> },
-    /// It could not be found again; its device waits, if it is there.
+/// What is told of it without waiting.
+struct Known {
+    record: Attachment,
+    is: Is,
+}
+
+enum Is {
+    /// The device is served for as long as `life` is not closed.
+    Served { mode: Mode, life: watch::Sender<()> },
+    /// It isn't: why.
     Waiting(String),
 }
 
+enum State {
+    Served(Device),
+    /// The device, if there is one, waits to be found again.
+    Waiting,
+    /// It is no longer in the table.
+    Gone,
+}
+
 impl Attachments {
-    /// The attachments of `node`, found again.
+    /// The attachments of `node`. Those that are not found again within [`START`] go on waiting.
     pub async fn restore(
         node: Node,
-        rings: Arc<Rings>,
+        servers: Servers,
         exports: Arc<Exports>,
-    ) -> Result<Attachments> {
+        links: Links,
+    ) -> Result<Arc<Attachments>> {
         let known = node.clone();
         let records = blocking(move || known.attachments()).await?;
-        let devices = records.iter().map(|record| (record.target, path(record))).collect();
-        let (table, devices) = (Mutex::default(), std::sync::Mutex::new(devices));
-        let attachments = Attachments { node, rings, exports, table, devices };
-        let mut table = attachments.table.lock().await;
-        for record in records {
-            let state = match attachments.revive(&record).await {
-                Ok(state) => {
-                    tracing::info!(export = %record.export, device = %path(&record), "attached again");
-                    state
-                }
-                Err(error) => {
-                    tracing::error!(export = %record.export, device = %path(&record), %error,
-                        "an attachment waits: its requests hang until it is attached again");
-                    State::Waiting(error.to_string())
-                }
-            };
-            table.insert(record.id, Entry { record, state });
+        let (file, closing) = (AsyncMutex::default(), watch::Sender::new(false));
+        let waits = |record: Attachment| (record.id, Arc::new(Entry::waiting(record)));
+        let table = Mutex::new(records.into_iter().map(waits).collect());
+        let attachments =
+            Arc::new(Attachments { node, servers, exports, links, table, file, closing });
+        let revived = attachments.revive_all();
+        if timeout(START, revived).await.is_err() {
+            tracing::error!("some attachments are not found again yet; see `underlay status`");
         }
-        drop(table);
+        tokio::spawn(Attachments::retry(Arc::downgrade(&attachments)));
         Ok(attachments)
     }
 
     /// Every attachment.
-    pub async fn list(&self) -> Vec<AttachmentView> {
-        self.table.lock().await.values().map(view).collect()
+    pub fn list(&self) -> Vec<AttachmentView> {
+        self.entries().iter().map(|entry| entry.view()).collect()
+    }
+
+    /// The block devices that are, or may become, what `target` is.
+    pub fn devices(&self, target: Target) -> Vec<String> {
+        let records = self.entries().into_iter().map(|entry| entry.record());
+        records.filter(|record| record.target == target).map(|record| path(&record)).collect()
     }
 
     /// Makes a block device of an export. One that is attached already stays as it is.
     pub async fn attach(&self, attach: Attach) -> Result<AttachmentView> {
         let (target, export) = self.target(&attach.export).await?;
-        let mut table = self.table.lock().await;
-        if let Some(entry) = table.values_mut().find(|entry| entry.record.target == target) {
-            if matches!(entry.state, State::Waiting(_)) {
-                entry.state = self.revive(&entry.record).await?;
-            }
-            return Ok(view(entry));
-        }
         let via = attach.via.unwrap_or(Via::Ublk);
-        if via != Via::Ublk {
-            let what = "this daemon attaches through ublk only";
-            return Err(Error::new(Kind::Unsupported, what));
-        }
-        let mut record = Attachment {
+        let record = Attachment {
             id: Uuid::new_v4(),
             export: export.name.clone(),
             target,
             via,
             number: 0,
-            queues: attach.queues.unwrap_or_else(|| self.rings.count().min(2) as u16),
-            depth: attach.depth.unwrap_or(64),
+            queues: attach.queues.unwrap_or_else(|| match via {
+                Via::Ublk => self.servers.rings.count().min(2) as u16,
+                Via::Nbd => 1,
+            }),
+            depth: attach.depth.unwrap_or(match via {
+                Via::Ublk => DEPTH,
+                Via::Nbd => NBD_DEPTH,
+            }),
             copy: attach.copy,
-            unprivileged: attach.unprivileged,
             scan: attach.scan,
         };
-        options(&record).check()?;
-        // The driver says whether it is there at all before anything is written down.
-        blocking(|| ublk::device::features().map(|_| ())).await?;
-        let taken = |number: u32, table: &BTreeMap<Uuid, Entry>| {
-            Path::new(&format!("/sys/class/ublk-char/ublkc{number}")).exists()
-                || table.values().any(|entry| entry.record.number == number)
-        };
-        let mut first = 0;
-        let device = loop {
-            record.number = (first..NUMBERS)
-                .find(|number| !taken(*number, &table))
-                .ok_or_else(|| Error::new(Kind::Unavailable, "there are too many ublk devices"))?;
-            self.write(&table, Some(&record)).await?;
-            let made = BlockDevice::add(&self.rings, export.device.clone(), options(&record)).await;
-            match made {
-                Ok(device) => break device,
-                // Somebody else was quicker.
-                Err(error) if error.kind() == Kind::Exists => first = record.number + 1,
-                Err(error) => {
-                    self.write(&table, None).await?;
-                    return Err(error.within(format!("attaching {}", record.export)));
-                }
+        device::check(&record)?;
+        let (entry, fresh) = self.entry_of(target, record)?;
+        if let Some(mut state) = fresh {
+            let made = self.make(&entry, &export).await;
+            return self.made(&entry, &mut state, made).await;
+        }
+        let mut state = entry.lock().await?;
+        match &*state {
+            State::Gone => {
+                let what = format!("{} was being detached; attach it again", attach.export);
+                return Err(Error::new(Kind::Unavailable, what));
             }
-        };
-        link(&record);
-        tracing::info!(export = %record.export, device = %device.path(), mode = ?device.mode(),
-            "attached");
-        let entry = Entry { record, state: State::Live { device, _export: export } };
-        let view = view(&entry);
-        table.insert(entry.record.id, entry);
-        Ok(view)
+            State::Served(_) if entry.is_served() => {}
+            _ => self.revive(&entry, &mut state).await?,
+        }
+        Ok(entry.view())
+    }
+
+    /// The attachment of `target`; a new one, locked, if there is none.
+    fn entry_of(
+        &self,
+        target: Target,
+        record: Attachment,
+    ) -> Result<(Arc<Entry>, Option<OwnedMutexGuard<State>>)> {
+        let mut table = locked(&self.table);
+        if *self.closing.borrow() {
+            return Err(Error::new(Kind::Unavailable, "the daemon is stopping"));
+        }
+        if let Some(entry) = table.values().find(|entry| entry.record().target == target) {
+            return Ok((entry.clone(), None));
+        }
+        let entry = Arc::new(Entry::waiting(record));
+        let state = entry.state.clone().try_lock_owned().ok();
+        table.insert(entry.record().id, entry.clone());
+        Ok((entry, state))
+    }
+
+    /// What becomes of a new attachment.
+    async fn made(
+        &self,
+        entry: &Arc<Entry>,
+        state: &mut State,
+        made: Result<Device>,
+    ) -> Result<AttachmentView> {
+        match made {
+            Ok(device) => {
+                self.served(entry, state, device);
+                tracing::info!(export = %entry.record().export, device = path(&entry.record()),
+                    "attached");
+                Ok(entry.view())
+            }
+            Err(error) => {
+                let record = entry.record();
+                let error = error.within(format!("attaching {}", record.export));
+                entry.wait(state, &error);
+                // What could not be made may have left something behind: that keeps its record.
+                if !matches!(find(&record).await, Ok(Found::Ours | Found::Remains)) {
+                    self.forget(entry, state).await?;
+                }
+                Err(error)
+            }
+        }
+    }
+
+    /// Makes the entry's device, with the next number that is free.
+    async fn make(&self, entry: &Entry, export: &Arc<Export>) -> Result<Device> {
+        let via = entry.record().via;
+        let mut first = 0;
+        loop {
+            let number = free_number(via, first, self.numbers(via, entry)).await?;
+            if !self.set_number(entry, number) {
+                continue;
+            }
+            self.write().await?;
+            let record = entry.record();
+            self.links.announce(&record);
+            if let Some(device) = self.servers.add(&record, export.clone()).await? {
+                return Ok(device);
+            }
+            // Somebody else was quicker.
+            self.links.unlink(&record);
+            first = number + 1;
+        }
     }
 
     /// Removes the block device of an export, told by its name or its path.
     pub async fn detach(&self, what: &str, stop: Stop) -> Result<AttachmentView> {
-        let mut table = self.table.lock().await;
-        let fits = |record: &Attachment| record.export == what || path(record) == what;
-        let found = table.values().find(|entry| fits(&entry.record)).map(|entry| entry.record.id);
-        let entry = found.and_then(|id| table.get_mut(&id)).ok_or_else(|| {
-            Error::new(Kind::NotFound, format!("{what} is not attached; see `underlay status`"))
-        })?;
-        let seen = view(entry);
-        match &mut entry.state {
-            State::Live { device, .. } => device.stop(stop).await?,
-            State::Waiting(reason) if stop == Stop::Unused => {
-                let what = format!(
-                    "{}: its requests wait ({reason}); detach with --force to fail them",
-                    path(&entry.record)
-                );
-                return Err(Error::new(Kind::InUse, what));
-            }
-            State::Waiting(_) => {
-                let mark = mark(&entry.record);
-                match ublk::device::find(entry.record.number, mark).await? {
-                    Found::Ours | Found::Remains => {
-                        ublk::device::clear(entry.record.number).await?;
-                    }
-                    Found::Nothing | Found::Foreign => {}
+        let none =
+            || Error::new(Kind::NotFound, format!("{what} is not attached; see `underlay status`"));
+        let entries = self.entries();
+        let entry =
+            entries.iter().find(|entry| links::names(what, &entry.record())).ok_or_else(none)?;
+        let mut state = entry.lock().await?;
+        let record = entry.record();
+        let seen = entry.view();
+        match &mut *state {
+            State::Gone => return Err(none()),
+            State::Served(device) => device.stop(stop).await?,
+            State::Waiting => match find(&record).await {
+                Ok(Found::Nothing | Found::Foreign) => {}
+                Ok(Found::Ours | Found::Remains) if stop == Stop::Unused => {
+                    let reason = seen.waiting.unwrap_or_default();
+                    let what = format!(
+                        "{}: its requests wait ({reason}); detach with --force to fail them",
+                        path(&record)
+                    );
+                    return Err(Error::new(Kind::InUse, what));
                 }
-            }
+                Ok(Found::Ours | Found::Remains) => clear(&record).await?,
+                // Without its driver there is no device.
+                Err(error) if error.kind() == Kind::Unsupported => {}
+                Err(error) => return Err(error),
+            },
         }
-        let record = entry.record.clone();
-        unlink(&record);
-        table.remove(&record.id);
-        self.write(&table, None).await?;
-        tracing::info!(export = %record.export, device = %path(&record), ?stop, "detached");
+        self.forget(entry, &mut state).await?;
+        tracing::info!(export = %record.export, device = path(&record), ?stop, "detached");
         Ok(seen)
     }
 
     /// Tells the kernel that a replica has grown.
     pub async fn grown(&self, replica: Uuid, size: u64) -> Result<()> {
-        let table = self.table.lock().await;
-        let mut theirs =
-            table.values().filter(|entry| entry.record.target == Target::Replica(replica));
-        match theirs.next().map(|entry| &entry.state) {
-            Some(State::Live { device, .. }) => device.resize(size).await,
-            _ => Ok(()),
-        }
-    }
-
-    /// The block devices that are, or may become, what `target` is.
-    pub fn devices(&self, target: Target) -> Vec<String> {
-        let devices = self.devices.lock().unwrap_or_else(PoisonError::into_inner);
-        devices.iter().filter(|(of, _)| *of == target).map(|(_, path)| path.clone()).collect()
-    }
-
-    /// Lets go of every device so that the next daemon takes it over: requests wait meanwhile.
-    pub async fn hand_over(&self) -> Vec<Error> {
-        let mut failures = Vec::new();
-        for (_, entry) in std::mem::take(&mut *self.table.lock().await) {
-            let State::Live { mut device, .. } = entry.state else { continue };
-            let gone = if device.survives() {
-                device.hand_over().await
-            } else {
-                // Nobody can take it over: better an error now than a device without a server.
-                unlink(&entry.record);
-                device.stop(Stop::Forced).await
-            };
-            failures.extend(gone.err().map(|error| error.within(entry.record.export)));
-        }
-        failures
-    }
-
-    /// Finds the device of a record again, or makes it anew where the kernel does not know it.
-    async fn revive(&self, record: &Attachment) -> Result<State> {
-        let export = self.open(record.target).await?;
-        let options = options(record);
-        let device = export.device.clone();
-        let device = match ublk::device::find(record.number, options.mark).await? {
-            Found::Ours => {
-                BlockDevice::take_over(&self.rings, device, record.number, options.mark).await?
-            }
-            Found::Remains => {
-                ublk::device::clear(record.number).await?;
-                BlockDevice::add(&self.rings, device, options).await?
-            }
-            Found::Nothing => BlockDevice::add(&self.rings, device, options).await?,
-            Found::Foreign => {
-                let what =
-                    format!("{} is another server's: detach this and attach anew", path(record));
-                return Err(Error::new(Kind::Exists, what));
-            }
+        let target = Target::Replica(replica);
+        let entries = self.entries();
+        let Some(entry) = entries.iter().find(|entry| entry.record().target == target) else {
+            return Ok(());
         };
-        link(record);
-        Ok(State::Live { device, _export: export })
+        match &*entry.lock().await? {
+            State::Served(device) => device.resize(size).await,
+            // It gets its size when it is found again.
+            State::Waiting | State::Gone => Ok(()),
+        }
+    }
+
+    /// Lets go of every device, within `limit`, so that the next daemon takes it over: requests wait
+    /// meanwhile. Those that failed, and why.
+    pub async fn hand_over(&self, limit: Duration) -> Vec<Error> {
+        self.closing.send_replace(true);
+        let handed = self.entries().into_iter().map(|entry| async move {
+            let hand_over = async {
+                let mut state = entry.state.lock().await;
+                match std::mem::replace(&mut *state, State::Gone) {
+                    State::Served(device) => device.hand_over().await,
+                    State::Waiting | State::Gone => Ok(()),
+                }
+            };
+            let late = |_| {
+                let what = "it is not handed over in time, a disk hangs; the kernel takes it back \
+                            when this process has ended";
+                Err(Error::new(Kind::Unavailable, what))
+            };
+            let gone = timeout(limit, hand_over).await.unwrap_or_else(late);
+            gone.err().map(|error| error.within(entry.record().export))
+        });
+        join_all(handed).await.into_iter().flatten().collect()
+    }
+
+    /// Tries attachments that wait again, for as long as there are any who could ask.
+    async fn retry(attachments: Weak<Attachments>) {
+        loop {
+            tokio::time::sleep(RETRY).await;
+            let Some(attachments) = attachments.upgrade() else { return };
+            if *attachments.closing.borrow() {
+                return;
+            }
+            attachments.revive_all().await;
+        }
+    }
+
+    /// Finds again what waits, all at once. What takes longer than this is waited for goes on.
+    async fn revive_all(self: &Arc<Self>) {
+        let revived = self.entries().into_iter().filter_map(|entry| {
+            let mut state = entry.state.clone().try_lock_owned().ok()?;
+            matches!(*state, State::Waiting).then_some(())?;
+            let attachments = self.clone();
+            Some(tokio::spawn(async move {
+                let known = entry.view().waiting;
+                let Err(error) = attachments.revive(&entry, &mut state).await else { return };
+                if known != Some(error.to_string()) {
+                    let record = entry.record();
+                    tracing::error!(export = %record.export, device = path(&record), %error,
+                        "an attachment waits, and its requests with it");
+                }
+            }))
+        });
+        join_all(revived).await;
+    }
+
+    /// Finds the entry's device again, or makes it anew where the kernel does not know it.
+    async fn revive(&self, entry: &Entry, state: &mut State) -> Result<()> {
+        let record = entry.record();
+        let revived = async {
+            if *self.closing.borrow() {
+                return Err(Error::new(Kind::Unavailable, "the daemon is stopping"));
+            }
+            let export = self.open(record.target).await?;
+            self.links.announce(&record);
+            if let Some(device) = self.servers.revive(&record, export.clone()).await? {
+                return Ok(device);
+            }
+            // Its number was given away, over a restart of the machine.
+            self.links.unlink(&record);
+            self.make(entry, &export).await
+        };
+        match revived.await {
+            Ok(device) => {
+                self.served(entry, state, device);
+                tracing::info!(export = %record.export, device = path(&entry.record()),
+                    "attached again");
+                Ok(())
+            }
+            Err(error) => {
+                entry.wait(state, &error);
+                Err(error)
+            }
+        }
+    }
+
+    fn served(&self, entry: &Entry, state: &mut State, device: Device) {
+        let mut known = locked(&entry.known);
+        known.is = Is::Served { mode: device.mode(), life: device.life() };
+        *state = State::Served(device);
+        self.links.link(&known.record);
+    }
+
+    /// Takes an attachment whose device is gone out of the table.
+    async fn forget(&self, entry: &Entry, state: &mut State) -> Result<()> {
+        let record = entry.record();
+        self.links.unlink(&record);
+        locked(&self.table).remove(&record.id);
+        *state = State::Gone;
+        self.write().await.map_err(|error| {
+            let what = "the device is gone, but the next daemon will make it again";
+            error.within(format!("{}: {what}", record.export))
+        })
     }
 
     /// What an export's name stands for, opened.
@@ -275,82 +407,91 @@ impl Attachments {
         }
     }
 
-    /// Records the table, and one more.
-    async fn write(&self, table: &BTreeMap<Uuid, Entry>, more: Option<&Attachment>) -> Result<()> {
-        let records: Vec<_> =
-            table.values().map(|entry| &entry.record).chain(more).cloned().collect();
-        let devices = records.iter().map(|record| (record.target, path(record))).collect();
-        *self.devices.lock().unwrap_or_else(PoisonError::into_inner) = devices;
+    fn entries(&self) -> Vec<Arc<Entry>> {
+        locked(&self.table).values().cloned().collect()
+    }
+
+    /// The numbers that other attachments of this kind have.
+    fn numbers(&self, via: Via, but: &Entry) -> BTreeSet<u32> {
+        let but = but.record().id;
+        let others = self.entries().into_iter().map(|entry| entry.record());
+        others
+            .filter(|record| record.via == via && record.id != but)
+            .map(|record| record.number)
+            .collect()
+    }
+
+    /// Gives the entry a number; false if another one has taken it meanwhile.
+    fn set_number(&self, entry: &Entry, number: u32) -> bool {
+        let (via, id) = (entry.record().via, entry.record().id);
+        let table = locked(&self.table);
+        let mut others = table.values().map(|entry| entry.record()).filter(|it| it.id != id);
+        let free = !others.any(|record| record.via == via && record.number == number);
+        if free {
+            locked(&entry.known).record.number = number;
+        }
+        free
+    }
+
+    /// Records the table as it is.
+    async fn write(&self) -> Result<()> {
+        let _one = self.file.lock().await;
+        let records = self.entries().iter().map(|entry| entry.record()).collect();
         let node = self.node.clone();
         blocking(move || node.record_attachments(records)).await
     }
 }
 
-fn options(record: &Attachment) -> Options {
-    Options {
-        id: record.number,
-        mark: mark(record),
-        queues: record.queues,
-        depth: record.depth,
-        copy: record.copy,
-        unprivileged: record.unprivileged,
-        scan: record.scan,
+impl Entry {
+    fn waiting(record: Attachment) -> Entry {
+        let is = Is::Waiting("it is being attached".to_owned());
+        let state = Arc::new(AsyncMutex::new(State::Waiting));
+        Entry { known: Mutex::new(Known { record, is }), state }
     }
-}
 
-/// What the device is known by in the kernel.
-fn mark(record: &Attachment) -> u64 {
-    record.id.as_u64_pair().0
-}
-
-fn path(record: &Attachment) -> String {
-    ublk::device::path(record.number)
-}
-
-fn view(entry: &Entry) -> AttachmentView {
-    let record = &entry.record;
-    let (mode, waiting) = match &entry.state {
-        State::Live { device, .. } => (Some(device.mode()), None),
-        State::Waiting(reason) => (None, Some(reason.clone())),
-    };
-    AttachmentView {
-        export: record.export.clone(),
-        device: path(record).into(),
-        via: record.via,
-        queues: record.queues,
-        depth: record.depth,
-        zero_copy: mode.map(|mode| mode == Mode::ZeroCopy),
-        waiting,
+    async fn lock(&self) -> Result<tokio::sync::MutexGuard<'_, State>> {
+        timeout(PATIENCE, self.state.lock()).await.map_err(|_| {
+            let what = format!("{}: another command about it is under way", self.record().export);
+            Error::new(Kind::Unavailable, what)
+        })
     }
-}
 
-/// Makes the device's link. Without it nothing is lost but a convenience.
-fn link(record: &Attachment) {
-    let made = || -> io::Result<()> {
-        let link = link_path(record);
-        if let Some(parent) = link.parent() {
-            fs::create_dir_all(parent)?;
+    fn record(&self) -> Attachment {
+        locked(&self.known).record.clone()
+    }
+
+    fn is_served(&self) -> bool {
+        matches!(&locked(&self.known).is, Is::Served { life, .. } if !life.is_closed())
+    }
+
+    fn wait(&self, state: &mut State, reason: &Error) {
+        locked(&self.known).is = Is::Waiting(reason.to_string());
+        *state = State::Waiting;
+    }
+
+    fn view(&self) -> AttachmentView {
+        let known = locked(&self.known);
+        let (mode, waiting) = match &known.is {
+            Is::Served { life, .. } if life.is_closed() => {
+                let what = "its device was removed by somebody else: attach it again, or detach it";
+                (None, Some(what.to_owned()))
+            }
+            Is::Served { mode, .. } => (Some(*mode), None),
+            Is::Waiting(reason) => (None, Some(reason.clone())),
+        };
+        let record = &known.record;
+        AttachmentView {
+            export: record.export.clone(),
+            device: path(record).into(),
+            via: record.via,
+            queues: record.queues,
+            depth: record.depth,
+            zero_copy: mode.map(|mode| mode == Mode::ZeroCopy),
+            waiting,
         }
-        match fs::remove_file(&link) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
-            _ => {}
-        }
-        std::os::unix::fs::symlink(path(record), link)
-    };
-    if let Err(error) = made().context(|| format!("linking {}", link_path(record).display())) {
-        tracing::warn!(%error, "no link to a device");
     }
 }
 
-fn unlink(record: &Attachment) {
-    // One that is not there is as good as removed; one that points elsewhere is somebody else's.
-    let link = link_path(record);
-    if fs::read_link(&link).is_ok_and(|to| to == Path::new(&path(record))) {
-        let _ = fs::remove_file(link);
-    }
-}
-
-/// `/dev/underlay/replica/NAME`: names have no slashes.
-fn link_path(record: &Attachment) -> PathBuf {
-    Path::new(LINKS).join(&record.export)
+fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

@@ -23,10 +23,7 @@ use tokio::{sync::Mutex as AsyncMutex, time::timeout};
 use uuid::Uuid;
 
 use crate::{
-    blockdev::{
-        AnyDevice, BaseImage, Replica,
-        nbd::{Export, Exports as Offered},
-    },
+    blockdev::{AnyDevice, BaseImage, Export, Replica, nbd::Exports as Offered},
     catalog::{Digest, Name, Node, Removed, ReplicaStatus, Tier},
     control::{config::Caching, service::blocking, tails::Tails},
     cow::Overlay,

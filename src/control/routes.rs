@@ -274,7 +274,7 @@ async fn resize_replica(
 #[utoipa::path(get, path = "/v1/attachments",
     responses((status = 200, body = Vec<AttachmentView>)))]
 async fn list_attachments(State(service): Node) -> Answer<Vec<AttachmentView>> {
-    Ok(Json(service.attachments().await))
+    Ok(Json(service.attachments()))
 }
 
 /// Makes a block device of an export. One that is attached already stays as it is.

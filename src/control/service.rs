@@ -22,7 +22,7 @@ use crate::{
     },
     control::{
         api::*,
-        attachments::Attachments,
+        attachments::{Attachments, Links, Servers},
         config::Config,
         exports::{Caches, Exports, IMAGE, REPLICA},
         job::Jobs,
@@ -45,7 +45,7 @@ pub struct Service {
     node: Node,
     exports: Arc<Exports>,
     attachments: Arc<Attachments>,
-    server: nbd::Server,
+    server: Arc<nbd::Server>,
     metrics: Metrics,
     jobs: Jobs,
     nbd_socket: Option<PathBuf>,
@@ -78,13 +78,15 @@ impl Service {
         let exports = Arc::new(Exports::new(node.clone(), rings.clone(), caching, tails));
         let listener = tokio::net::UnixListener::from_std(socket.listener()?)
             .context(|| "listening on the NBD socket")?;
+        let server = Arc::new(nbd::Server::start(listener, rings.clone(), exports.clone()));
+        let servers = Servers { rings, nbd: server.clone() };
+        let links = Links::beside(&config.socket);
         let attachments =
-            Attachments::restore(node.clone(), rings.clone(), exports.clone()).await?;
-        let server = nbd::Server::start(listener, rings, exports.clone());
+            Attachments::restore(node.clone(), servers, exports.clone(), links).await?;
         Ok(Arc::new(Service {
             node,
             exports,
-            attachments: Arc::new(attachments),
+            attachments,
             server,
             metrics: Metrics::default(),
             jobs: Jobs::default(),
@@ -124,8 +126,8 @@ impl Service {
     }
 
     /// Lets go of the block devices: their requests wait for the next daemon.
-    pub async fn hand_over(&self) -> Vec<Error> {
-        self.attachments.hand_over().await
+    pub async fn hand_over(&self, limit: Duration) -> Vec<Error> {
+        self.attachments.hand_over(limit).await
     }
 
     /// Flushes and closes what is open. What could not be closed, and why.
@@ -149,7 +151,7 @@ impl Service {
             disks,
             images: self.images().await?,
             replicas: self.replicas().await?,
-            attachments: self.attachments.list().await,
+            attachments: self.attachments.list(),
         })
     }
 
@@ -390,8 +392,8 @@ impl Service {
     }
 
     /// Every export that is a block device.
-    pub async fn attachments(&self) -> Vec<AttachmentView> {
-        self.attachments.list().await
+    pub fn attachments(&self) -> Vec<AttachmentView> {
+        self.attachments.list()
     }
 
     /// Makes a block device of an export.

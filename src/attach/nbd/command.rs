@@ -5,9 +5,9 @@
 
 use std::{collections::BTreeSet, os::fd::AsRawFd, time::Duration};
 
-use super::{Choice, Links, MAX_CONNECTIONS, News, Setup};
+use super::{Choice, Links, MAX_CONNECTIONS, Setup};
 use crate::{
-    attach::netlink::{Attributes, Malformed, Message, Received, messages},
+    attach::netlink::{Attributes, Malformed, Message},
     blockdev::nbd::wire::flag,
     error::{Error, Kind, Result},
     units::{BLOCK, SECTOR},
@@ -15,14 +15,11 @@ use crate::{
 
 /// The family's name.
 pub const FAMILY: &str = "nbd";
-/// The name of its group for news.
-pub const GROUP: &str = "nbd_mc_group";
 const VERSION: u8 = 1;
 
 const CONNECT: u8 = 1;
 const DISCONNECT: u8 = 2;
 const RECONFIGURE: u8 = 3;
-const LINK_DEAD: u8 = 4;
 const STATUS: u8 = 5;
 
 /// Attributes of a device.
@@ -78,7 +75,7 @@ pub struct Status {
 /// Asks for a device of `links`.
 pub fn connect(family: u16, choice: Choice, what: &Setup, links: &Links) -> Result<Message> {
     check_size(links.size, what.block_size)?;
-    let count = links.count();
+    let count = links.sockets.len();
     if count == 0 || count > MAX_CONNECTIONS {
         let what = format!("{count} connections; 1 to {MAX_CONNECTIONS} are allowed");
         return Err(Error::new(Kind::Invalid, what));
@@ -172,22 +169,6 @@ pub fn free(devices: &[Status], from: u32) -> u32 {
         devices.iter().filter(|status| status.used).map(|status| status.index).collect();
     used.range(from..)
         .fold(from, |free, index| if *index == free { free.saturating_add(1) } else { free })
-}
-
-/// What a datagram to the group says. What can't be read counts as lost.
-pub fn news(own: u16, datagram: &[u8]) -> Vec<News> {
-    let mut news = Vec::new();
-    for received in messages(datagram) {
-        match received {
-            Ok(Received::Data { family, command: LINK_DEAD, attributes, .. }) if family == own => {
-                let index = attributes.u32(attribute::INDEX);
-                news.push(index.ok().flatten().map_or(News::Lost, News::Dead));
-            }
-            Ok(_) => (),
-            Err(_) => news.push(News::Lost),
-        }
-    }
-    news
 }
 
 /// Whether a device can have this size.

@@ -1,4 +1,4 @@
-//! Invariants checked: commands are these bytes exactly; answers and news are read whatever they
+//! Invariants checked: commands are these bytes exactly; answers are read whatever they
 //! hold; every refusal says what to do.
 
 use std::os::{fd::AsRawFd, unix::net::UnixStream};
@@ -18,7 +18,7 @@ fn setup() -> Setup {
     Setup { dead_after: Duration::from_secs(60), ..Setup::new("image/a") }
 }
 
-/// An answer's or a piece of news' bytes, without the message's header.
+/// An answer's bytes, without the message's header.
 fn attributes(message: &Message) -> Vec<u8> {
     message.bytes()[20..].to_vec()
 }
@@ -129,24 +129,6 @@ fn the_lowest_free_number_is_found() {
     let free = |from| command::free(&devices, from);
     assert_eq!([0, 1, 2, 4, 5, 9].map(free), [1, 1, 4, 4, 6, 9]);
     assert_eq!(command::free(&[], 7), 7);
-}
-
-#[test]
-fn news_tell_the_device_or_that_some_are_lost() {
-    let sealed = |message: Message| {
-        let mut bytes = message.bytes().to_vec();
-        let len = u32::try_from(bytes.len()).unwrap();
-        bytes[..4].copy_from_slice(&crate::attach::netlink::host_u32(len));
-        bytes
-    };
-    let dead = sealed(Message::new(37, 4, 1).u32(1, 6));
-    assert_eq!(command::news(37, &dead), [News::Dead(6)]);
-    assert_eq!(command::news(38, &dead), [], "another family's");
-    assert_eq!(command::news(37, &sealed(Message::new(37, 1, 1).u32(1, 6))), [], "no news");
-    let two = [dead.clone(), sealed(Message::new(37, 4, 1))].concat();
-    assert_eq!(command::news(37, &two), [News::Dead(6), News::Lost]);
-    assert_eq!(command::news(37, &dead[..25]), [News::Lost]);
-    assert_eq!(command::news(37, &[]), []);
 }
 
 #[test]

@@ -11,7 +11,7 @@
 
 use std::{
     io::{IoSlice, IoSliceMut},
-    os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd},
+    os::fd::{AsRawFd, OwnedFd},
     time::{Duration, Instant},
 };
 
@@ -27,8 +27,8 @@ use nix::{
 };
 
 use super::{
-    Attributes, CONTROL, CONTROL_VERSION, FAMILY_NAME, Family, GET_FAMILY, Malformed, Message,
-    Received, Refused, messages,
+    Attributes, CONTROL, CONTROL_VERSION, FAMILY_NAME, GET_FAMILY, Malformed, Message, Received,
+    Refused, family_of, messages,
 };
 use crate::error::{Context, Error, Kind, Result};
 
@@ -40,7 +40,6 @@ const MAX_DATAGRAMS: usize = 256;
 mod option {
     use nix::{setsockopt_impl, sockopt_impl};
 
-    sockopt_impl!(Membership, SetOnly, libc::SOL_NETLINK, libc::NETLINK_ADD_MEMBERSHIP, u32);
     sockopt_impl!(CapAck, SetOnly, libc::SOL_NETLINK, libc::NETLINK_CAP_ACK, bool);
     sockopt_impl!(ExtendedAck, SetOnly, libc::SOL_NETLINK, libc::NETLINK_EXT_ACK, bool);
 }
@@ -56,7 +55,7 @@ pub enum Failure {
 
 /// What came from the kernel.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Heard<'a> {
+enum Heard<'a> {
     /// Some messages.
     Datagram(&'a [u8]),
     /// Nothing in time.
@@ -100,12 +99,12 @@ impl Socket {
 
     /// Asks the kernel for a family, which makes it load the family's module where it may.
     /// `None` if it has no such family.
-    pub fn family(&mut self, name: &str) -> Result<Option<Family>> {
+    pub fn family(&mut self, name: &str) -> Result<Option<u16>> {
         let asking = format!("asking the kernel for its netlink family {name}");
         let question = Message::new(CONTROL, GET_FAMILY, CONTROL_VERSION).string(FAMILY_NAME, name);
         let mut found = None;
         let result = self.request(question, |_, attributes| {
-            found = Family::decode(attributes)?;
+            found = family_of(attributes)?;
             Ok(())
         });
         match result {
@@ -149,14 +148,8 @@ impl Socket {
         Err(Failure::Broken(Error::new(Kind::Unavailable, late)))
     }
 
-    /// From now on, hears the news of this group.
-    pub fn join(&self, group: u32) -> Result<()> {
-        setsockopt(&self.descriptor, option::Membership, &group)
-            .context(|| format!("joining netlink group {group}"))
-    }
-
     /// What the kernel sends within `limit`.
-    pub fn receive(&mut self, limit: Duration) -> Result<Heard<'_>> {
+    fn receive(&mut self, limit: Duration) -> Result<Heard<'_>> {
         let receiving = || "receiving from the kernel by netlink";
         let until = Instant::now() + limit;
         let len = loop {
@@ -202,12 +195,6 @@ impl Socket {
                 sent => return sent.map(drop).context(|| "sending to the kernel by netlink"),
             }
         }
-    }
-}
-
-impl AsFd for Socket {
-    fn as_fd(&self) -> BorrowedFd<'_> {
-        self.descriptor.as_fd()
     }
 }
 

@@ -20,12 +20,13 @@ use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::{UnixListener, UnixStream},
     sync::{Semaphore, watch},
+    task::JoinHandle,
     time::timeout,
 };
 
-use super::{Ending, Handshake, Negotiated, Offer, Step, session};
+use super::{Ending, Handshake, Negotiated, Offer, Step, Terms, session};
 use crate::{
-    blockdev::AnyDevice,
+    blockdev::{AnyDevice, Export},
     error::{Context, Error, Kind, Result},
     io::{Ring, Rings},
 };
@@ -51,16 +52,6 @@ pub trait Exports: Send + Sync + 'static {
     ) -> Pin<Box<dyn Future<Output = Result<Arc<Export>>> + Send + 'a>>;
 }
 
-/// An open device under its name. Each session holds one clone while it lasts.
-pub struct Export {
-    /// As clients call it: `image/NAME` or `replica/NAME`.
-    pub name: String,
-    /// For people.
-    pub description: String,
-    /// What reads and writes.
-    pub device: AnyDevice,
-}
-
 /// One daemon's NBD service on one listening socket.
 pub struct Server {
     shared: Arc<Shared>,
@@ -79,6 +70,26 @@ struct Shared {
 struct Session {
     socket: Arc<OwnedFd>,
     export: Arc<Export>,
+    client: Client,
+}
+
+/// Whom a session serves.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Client {
+    /// Whoever connected.
+    Process,
+    /// The kernel, by a connection that [`Server::pair`] made.
+    Kernel,
+}
+
+/// A connection that is served, without a client yet.
+pub struct Pair {
+    /// The client's end.
+    pub socket: std::os::unix::net::UnixStream,
+    /// What a client would have been told in the handshake.
+    pub terms: Terms,
+    /// Ends after the session's last request has.
+    pub session: JoinHandle<()>,
 }
 
 impl Server {
@@ -102,18 +113,44 @@ impl Server {
         self.shared.served.load(Ordering::Relaxed)
     }
 
-    /// Who has this export open: one entry a connection, as `pid 4711 (uid 0)`.
+    /// Which processes have this export open: one entry a connection, as `pid 4711 (uid 0)`.
     pub fn clients(&self, name: &str) -> Vec<String> {
         let sessions = self.shared.live();
-        let theirs = sessions.iter().filter(|session| session.export.name == name);
+        let theirs = sessions
+            .iter()
+            .filter(|session| session.client == Client::Process && session.export.name == name);
         theirs.map(|session| who(&session.socket)).collect()
+    }
+
+    /// A connection to `export` that needs no handshake, for the kernel's NBD client.
+    ///
+    /// # Errors
+    /// `Unavailable` if there are [`MAX_CONNECTIONS`] already, or the server stops.
+    pub fn pair(&self, export: Arc<Export>) -> Result<Pair> {
+        let slot = self.shared.slots.clone().try_acquire_owned().map_err(|_| {
+            let what = format!("there are {MAX_CONNECTIONS} NBD connections; end some");
+            Error::new(Kind::Unavailable, what)
+        })?;
+        let (socket, own) = std::os::unix::net::UnixStream::pair()
+            .context(|| format!("{}: making a connection", export.name))?;
+        let terms = Terms::new(export.device.info(), false, None);
+        let (shared, socket_of) = (self.shared.clone(), OwnedFd::from(own));
+        let session = shared.remember(socket_of, export, Client::Kernel);
+        // After it can be seen: `stop` either sees the session or is seen here.
+        if *self.stop.borrow() {
+            return Err(Error::new(Kind::Unavailable, "the daemon is stopping"));
+        }
+        let session = tokio::spawn(async move {
+            shared.transmit(session, terms, Vec::new()).await;
+            drop(slot);
+        });
+        Ok(Pair { socket, terms, session })
     }
 
     /// Takes no more connections and no more requests, waits until what is under way is answered,
     /// and cuts off whoever has not read its replies within [`DRAIN`].
     pub async fn stop(&self) {
-        // Nobody listens for it once the listener has gone.
-        let _ = self.stop.send(true);
+        self.stop.send_replace(true);
         let deadline = Instant::now() + DRAIN;
         // A client can get through its handshake meanwhile: sessions are told again and again.
         while self.busy() && Instant::now() < deadline {
@@ -186,11 +223,15 @@ impl Shared {
         let stream = stream.into_std().context(|| "NBD client's socket")?;
         // The ring waits by itself; a socket that doesn't block would answer EAGAIN at once.
         stream.set_nonblocking(false).context(|| "NBD client's socket")?;
-        let socket = Arc::new(OwnedFd::from(stream));
-        let session = Arc::new(Session { socket: socket.clone(), export: export.clone() });
-        self.remember(&session);
+        let session = self.remember(OwnedFd::from(stream), export, Client::Process);
+        self.transmit(session, negotiated.terms, early).await;
+        Ok(())
+    }
+
+    /// Serves a connection's requests until it ends.
+    async fn transmit(&self, session: Arc<Session>, terms: Terms, early: Vec<u8>) {
+        let (socket, export) = (session.socket.clone(), session.export.clone());
         tracing::debug!(export = export.name, "NBD client connected");
-        let terms = negotiated.terms;
         let end = self
             .rings
             .run(self.rings.pick(), move |ring: Ring| async move {
@@ -213,7 +254,6 @@ impl Shared {
             }
             None => tracing::error!(export = session.export.name, "the client's ring is gone"),
         }
-        Ok(())
     }
 
     /// The export that the client chose, what was agreed, and what it sent behind its handshake;
@@ -283,11 +323,13 @@ impl Shared {
         }
     }
 
-    fn remember(&self, session: &Arc<Session>) {
+    fn remember(&self, socket: OwnedFd, export: Arc<Export>, client: Client) -> Arc<Session> {
+        let session = Arc::new(Session { socket: Arc::new(socket), export, client });
         self.served.fetch_add(1, Ordering::Relaxed);
         let mut sessions = self.sessions.lock().unwrap_or_else(PoisonError::into_inner);
         sessions.retain(|session| session.strong_count() > 0);
-        sessions.push(Arc::downgrade(session));
+        sessions.push(Arc::downgrade(&session));
+        session
     }
 
     fn live(&self) -> Vec<Arc<Session>> {

@@ -21,13 +21,14 @@ const PATH: &str = "/dev/ublk-control";
 pub(super) struct Control {
     commands: Commands,
     file: File,
-    /// Devices are told by their path, whose permissions then count.
-    unprivileged: bool,
+    /// Whether the devices that it speaks of were made without privileges: they are told by their
+    /// path, whose permissions then count.
+    pub(super) unprivileged: bool,
 }
 
 impl Control {
-    /// Opens it. With `unprivileged`, for devices that were made so.
-    pub(super) fn open(unprivileged: bool) -> Result<Control> {
+    /// Opens it.
+    pub(super) fn open() -> Result<Control> {
         let open = OpenOptions::new().read(true).write(true).open(PATH);
         let file = open.map_err(|error| match error.kind() {
             io::ErrorKind::NotFound => Error::caused(
@@ -37,14 +38,17 @@ impl Control {
             ),
             io::ErrorKind::PermissionDenied => Error::caused(
                 Kind::Permission,
-                format!("{PATH} is closed to this user: run the daemon as root"),
+                format!(
+                    "{PATH} is closed to this user: run the daemon as root, or see \
+                    packaging/61-underlay-unprivileged.rules"
+                ),
                 error,
             ),
             _ => Error::io(format!("opening {PATH}"), error),
         })?;
         let commands = Commands::new()
             .map_err(|error| Error::io("making a ring for the ublk driver's commands", error))?;
-        Ok(Control { commands, file, unprivileged })
+        Ok(Control { commands, file, unprivileged: false })
     }
 
     /// What the driver can do.
@@ -67,12 +71,23 @@ impl Control {
         Ok(DeviceInfo::decode(&bytes))
     }
 
-    /// The device of this number.
+    /// The device of this number. Later commands are given as to a device of its kind.
     pub(super) fn info(&mut self, id: u32) -> Result<DeviceInfo> {
         let mut bytes = [0; DeviceInfo::BYTES];
-        let number = if self.unprivileged { control::GET_DEV_INFO2 } else { control::GET_DEV_INFO };
-        self.send(number, id, 0, Some(&mut bytes), "looking at it")?;
-        Ok(DeviceInfo::decode(&bytes))
+        let looking = "looking at it";
+        self.unprivileged = false;
+        let told = self.send(control::GET_DEV_INFO, id, 0, Some(&mut bytes), looking);
+        if let Err(error) = told {
+            if error.kind() == Kind::NotFound {
+                return Err(error);
+            }
+            // It was made without privileges, or this process has none: it is told by its path.
+            self.unprivileged = true;
+            self.send(control::GET_DEV_INFO2, id, 0, Some(&mut bytes), looking)?;
+        }
+        let info = DeviceInfo::decode(&bytes);
+        self.unprivileged = info.flags & flag::UNPRIVILEGED_DEV != 0;
+        Ok(info)
     }
 
     /// Tells what the device is like, before it starts.

@@ -9,12 +9,16 @@
 //! ```
 
 use std::{
-    fs::OpenOptions,
+    fs::{File, OpenOptions},
     sync::Arc,
     time::{Duration, Instant},
 };
 
-use tokio::{sync::oneshot, task::spawn_blocking, time::timeout};
+use tokio::{
+    sync::{oneshot, watch},
+    task::spawn_blocking,
+    time::timeout,
+};
 
 use super::{
     abi::{DeviceInfo, flag, state},
@@ -22,7 +26,7 @@ use super::{
     queue::{self, Mode, Shape},
 };
 use crate::{
-    blockdev::AnyDevice,
+    blockdev::{AnyDevice, Export},
     error::{Context, Error, Kind, Result},
     io::{Ring, Rings},
 };
@@ -31,9 +35,9 @@ use crate::{
 const MAX_ZERO_COPY: u32 = 1 << 20;
 /// Bytes of the largest request where it is copied: each tag has so much memory of its own.
 const MAX_COPY: u32 = 128 << 10;
-/// How long the driver may take to start a device whose queues are ready.
-const START: Duration = Duration::from_secs(20);
-/// How long a device may take to notice that its former server is gone.
+/// How long a command may take; the driver waits for requests under way, and those for disks.
+const COMMAND: Duration = Duration::from_secs(20);
+/// How long a device may take to notice that its former server is gone, and its queues to end.
 const ORPHAN: Duration = Duration::from_secs(10);
 /// How long a device's node may take to appear.
 const NODE: Duration = Duration::from_secs(5);
@@ -53,8 +57,6 @@ pub struct Options {
     pub depth: u16,
     /// Never without copying, even where it could be.
     pub copy: bool,
-    /// Made without privileges, where the driver allows that: always copies, can't be taken over.
-    pub unprivileged: bool,
     /// The kernel looks for partitions on it.
     pub scan: bool,
 }
@@ -64,33 +66,45 @@ pub struct BlockDevice {
     id: u32,
     flags: u64,
     max_io: u32,
-    device: AnyDevice,
-    queues: Vec<oneshot::Receiver<()>>,
+    export: Arc<Export>,
+    /// Each queue holds a receiver until nothing of it is left.
+    queues: watch::Sender<()>,
 }
 
 impl BlockDevice {
-    /// Makes a block device of `device`.
+    /// Makes a block device of `export`. Without the privilege to make any, one that this user
+    /// may make: it copies, and can't be taken over.
     pub async fn add(
         rings: &Arc<Rings>,
-        device: AnyDevice,
+        export: Arc<Export>,
         options: Options,
     ) -> Result<BlockDevice> {
-        let info = device.info();
-        let made = command(options.unprivileged, move |control| {
+        let info = export.device.info();
+        let made = command(move |control| {
             let features = control.features()?;
-            let flags =
-                control::flags(features, !options.copy, options.unprivileged, options.scan)?;
-            let zero_copy = flags & flag::ZERO_COPY == flag::ZERO_COPY;
-            let made = control.add(DeviceInfo {
-                queues: options.queues,
-                depth: options.depth,
-                state: 0,
-                max_io: if zero_copy { MAX_ZERO_COPY } else { MAX_COPY },
-                id: options.id,
-                server: std::process::id().cast_signed(),
-                flags,
-                mark: options.mark,
-            })?;
+            let mut add = |unprivileged| {
+                let flags = control::flags(features, !options.copy, unprivileged, options.scan)?;
+                let zero_copy = flags & flag::ZERO_COPY == flag::ZERO_COPY;
+                control.add(DeviceInfo {
+                    queues: options.queues,
+                    depth: options.depth,
+                    state: 0,
+                    max_io: if zero_copy { MAX_ZERO_COPY } else { MAX_COPY },
+                    id: options.id,
+                    server: std::process::id().cast_signed(),
+                    flags,
+                    mark: options.mark,
+                })
+            };
+            let made = match add(false) {
+                Err(error) if error.kind() == Kind::Permission => add(true)?,
+                made => made?,
+            };
+            control.unprivileged = made.flags & flag::UNPRIVILEGED_DEV != 0;
+            if control.unprivileged {
+                // Its permissions count from here on: whoever sets them may be at it.
+                node(made.id)?;
+            }
             match control.set_params(made.id, info, made.max_io) {
                 Ok(()) => Ok(made),
                 Err(error) => {
@@ -100,30 +114,31 @@ impl BlockDevice {
             }
         })
         .await?;
-        let mut block = BlockDevice::of(made, device);
+        let mut block = BlockDevice::of(made, export);
         let started = async {
             block.start_queues(rings, made).await?;
-            block.waited(|control, id| control.start(id)).await
+            block.control(|control, id| control.start(id)).await
         };
         match started.await {
             Ok(()) => Ok(block),
             Err(error) => {
                 // It never was: nobody can have used it.
-                let _ = block.remove(Stop::Forced).await;
+                let _ = block.remove().await;
                 Err(error)
             }
         }
     }
 
-    /// Takes over the device of this number, whose server has gone, or goes just now.
+    /// Takes over the device of this number, whose server has gone, or goes just now. Should that
+    /// fail after its queues have begun, these hold the export until the device is removed.
     pub async fn take_over(
         rings: &Arc<Rings>,
-        device: AnyDevice,
+        export: Arc<Export>,
         id: u32,
         mark: u64,
     ) -> Result<BlockDevice> {
-        let size = device.info().size;
-        let info = command(false, move |control| {
+        let size = export.device.info().size;
+        let info = command(move |control| {
             let deadline = Instant::now() + ORPHAN;
             loop {
                 let info = control.info(id)?;
@@ -142,9 +157,9 @@ impl BlockDevice {
             }
         })
         .await?;
-        let mut block = BlockDevice::of(info, device);
+        let mut block = BlockDevice::of(info, export);
         block.start_queues(rings, info).await?;
-        block.waited(|control, id| control.end_recovery(id)).await?;
+        block.control(|control, id| control.end_recovery(id)).await?;
         // It may have grown just before the former server went.
         if let Err(error) = block.resize(size).await {
             tracing::warn!(device = %block.path(), %error, "it is served, at its old size");
@@ -152,14 +167,9 @@ impl BlockDevice {
         Ok(block)
     }
 
-    fn of(info: DeviceInfo, device: AnyDevice) -> BlockDevice {
+    fn of(info: DeviceInfo, export: Arc<Export>) -> BlockDevice {
         let DeviceInfo { id, flags, max_io, .. } = info;
-        BlockDevice { id, flags, max_io, device, queues: Vec::new() }
-    }
-
-    /// Its number.
-    pub fn id(&self) -> u32 {
-        self.id
+        BlockDevice { id, flags, max_io, export, queues: watch::Sender::default() }
     }
 
     /// The path of its node.
@@ -175,9 +185,9 @@ impl BlockDevice {
         }
     }
 
-    /// Whether another server can take it over from this one.
-    pub fn survives(&self) -> bool {
-        self.flags & flag::USER_RECOVERY != 0
+    /// Goes with the device's queues: it is closed when these have ended.
+    pub fn life(&self) -> watch::Sender<()> {
+        self.queues.clone()
     }
 
     /// Tells the kernel its new size, in bytes, where the kernel can be told.
@@ -203,8 +213,12 @@ impl BlockDevice {
         Ok(text.trim().parse::<u64>().unwrap_or_default() * crate::units::SECTOR)
     }
 
-    /// Lets go of it so that another server can take it over: its requests wait until then.
+    /// Lets go of it so that another server can take it over: its requests wait until then. A
+    /// device that none can take over is removed: better an error now than one that hangs.
     pub async fn hand_over(mut self) -> Result<()> {
+        if self.flags & flag::USER_RECOVERY == 0 {
+            return self.remove().await;
+        }
         if self.flags & flag::QUIESCE == 0 {
             // The driver takes it from this process when it ends.
             return Ok(());
@@ -235,11 +249,11 @@ impl BlockDevice {
                 _ => error,
             })?;
         }
-        self.remove(Stop::Forced).await
+        self.remove().await
     }
 
-    async fn remove(&mut self, stop: Stop) -> Result<()> {
-        match self.control(move |control, id| control.stop(id, stop)).await {
+    async fn remove(&mut self) -> Result<()> {
+        match self.control(|control, id| control.stop(id, Stop::Forced)).await {
             Err(error) if error.kind() != Kind::NotFound => return Err(error),
             _ => {}
         }
@@ -251,29 +265,19 @@ impl BlockDevice {
     }
 
     /// Waits until nothing of the queues is left.
-    async fn ended(&mut self) -> Result<()> {
-        let path = self.path();
-        let all = futures_util::future::join_all(self.queues.drain(..));
-        timeout(ORPHAN, all).await.map(|_| ()).map_err(|_| {
-            Error::new(Kind::Unavailable, format!("{path}: its queues don't end; a disk hangs"))
+    async fn ended(&self) -> Result<()> {
+        timeout(ORPHAN, self.queues.closed()).await.map_err(|_| {
+            let what = format!("{}: its queues don't end; a disk hangs", self.path());
+            Error::new(Kind::Unavailable, what)
         })
     }
 
+    /// Has every queue wait for requests, or none.
     async fn start_queues(&mut self, rings: &Arc<Rings>, info: DeviceInfo) -> Result<()> {
-        let node = format!("/dev/ublkc{}", self.id);
-        let file = spawn_blocking(move || {
-            let deadline = Instant::now() + NODE;
-            loop {
-                match OpenOptions::new().read(true).write(true).open(&node) {
-                    Ok(file) => return Ok(file),
-                    Err(_) if Instant::now() < deadline => {
-                        std::thread::sleep(Duration::from_millis(5));
-                    }
-                    Err(error) => return Err(Error::io(format!("opening {node}"), error)),
-                }
-            }
-        });
-        let file = Arc::new(file.await.map_err(|_| stopped())??);
+        let id = self.id;
+        let file = spawn_blocking(move || node(id)).await.map_err(|_| stopped())??;
+        let file = Arc::new(file);
+        let mut begins = Vec::new();
         for queue in 0..info.queues {
             let shape = Shape {
                 name: self.path(),
@@ -284,39 +288,42 @@ impl BlockDevice {
                 mode: self.mode(),
             };
             let (ready, is_ready) = oneshot::channel();
-            let (ended, has_ended) = oneshot::channel();
-            self.queues.push(has_ended);
-            let device = self.device.clone();
+            let (begin, start) = oneshot::channel();
+            let (export, end) = (self.export.clone(), self.queues.subscribe());
             rings.spawn(rings.pick(), move |ring: Ring| async move {
-                match device {
-                    AnyDevice::Base(base) => queue::serve(ring, shape, base, ready, ended).await,
+                let phases = queue::Phases { ready, start };
+                match &export.device {
+                    AnyDevice::Base(base) => queue::serve(ring, shape, base.clone(), phases).await,
                     AnyDevice::Replica(replica) => {
-                        queue::serve(ring, shape, replica, ready, ended).await;
+                        queue::serve(ring, shape, replica.clone(), phases).await;
                     }
                 }
+                drop((export, end));
             });
             is_ready.await.map_err(|_| stopped())??;
+            begins.push(begin);
+        }
+        for begin in begins {
+            // A ring that is gone takes the daemon with it.
+            let _ = begin.send(());
         }
         Ok(())
-    }
-
-    /// Gives a command that waits for the queues, which may have failed.
-    async fn waited(
-        &self,
-        give: impl FnOnce(&mut Control, u32) -> Result<()> + Send + 'static,
-    ) -> Result<()> {
-        let path = self.path();
-        timeout(START, self.control(give)).await.unwrap_or_else(|_| {
-            Err(Error::new(Kind::Unavailable, format!("{path}: the driver does not start it")))
-        })
     }
 
     async fn control<T: Send + 'static>(
         &self,
         give: impl FnOnce(&mut Control, u32) -> Result<T> + Send + 'static,
     ) -> Result<T> {
-        let id = self.id;
-        command(self.flags & flag::UNPRIVILEGED_DEV != 0, move |control| give(control, id)).await
+        let (id, unprivileged) = (self.id, self.flags & flag::UNPRIVILEGED_DEV != 0);
+        command(move |control| {
+            control.unprivileged = unprivileged;
+            give(control, id)
+        })
+        .await
+        .map_err(|error| match error.kind() {
+            Kind::Unavailable => error.within(self.path()),
+            _ => error,
+        })
     }
 }
 
@@ -340,7 +347,7 @@ pub enum Found {
 
 /// Looks for the device of this number and mark.
 pub async fn find(id: u32, mark: u64) -> Result<Found> {
-    match command(false, move |control| control.info(id)).await {
+    match command(move |control| control.info(id)).await {
         Ok(info) if info.mark != mark => Ok(Found::Foreign),
         Ok(info) if info.state != state::DEAD && info.flags & flag::USER_RECOVERY != 0 => {
             Ok(Found::Ours)
@@ -353,7 +360,8 @@ pub async fn find(id: u32, mark: u64) -> Result<Found> {
 
 /// Removes a device that no server has.
 pub async fn clear(id: u32) -> Result<()> {
-    command(false, move |control| {
+    command(move |control| {
+        control.info(id)?;
         let _ = control.stop(id, Stop::Forced);
         control.delete(id)
     })
@@ -365,7 +373,7 @@ pub async fn clear(id: u32) -> Result<()> {
 /// # Errors
 /// With the reason why there are no block devices to be had, and the remedy.
 pub fn features() -> Result<u64> {
-    Control::open(false)?.features()
+    Control::open()?.features()
 }
 
 /// Whether a driver of these features serves devices without copying.
@@ -373,12 +381,29 @@ pub fn can_zero_copy(features: u64) -> bool {
     features & flag::ZERO_COPY == flag::ZERO_COPY
 }
 
-/// Runs a command that waits in the kernel.
+/// Runs a command that waits in the kernel. One that takes too long goes on by itself.
 async fn command<T: Send + 'static>(
-    unprivileged: bool,
     give: impl FnOnce(&mut Control) -> Result<T> + Send + 'static,
 ) -> Result<T> {
-    spawn_blocking(move || give(&mut Control::open(unprivileged)?)).await.map_err(|_| stopped())?
+    let given = spawn_blocking(move || give(&mut Control::open()?));
+    let late = || {
+        let what = "the ublk driver does not come to an end; does a disk hang?";
+        Error::new(Kind::Unavailable, what)
+    };
+    timeout(COMMAND, given).await.map_err(|_| late())?.map_err(|_| stopped())?
+}
+
+/// Opens the node by which requests come, which may be about to appear, or to be given to this user.
+fn node(id: u32) -> Result<File> {
+    let node = format!("/dev/ublkc{id}");
+    let deadline = Instant::now() + NODE;
+    loop {
+        match OpenOptions::new().read(true).write(true).open(&node) {
+            Ok(file) => return Ok(file),
+            Err(_) if Instant::now() < deadline => std::thread::sleep(Duration::from_millis(5)),
+            Err(error) => return Err(Error::io(format!("opening {node}"), error)),
+        }
+    }
 }
 
 fn exclusive(path: &str) -> Result<()> {

@@ -49,34 +49,41 @@ pub(super) struct Shape {
     pub(super) mode: Mode,
 }
 
-/// Serves a queue until the driver takes it away. Says on `ready` that it waits for requests, or why
-/// it can't, and on `ended` that nothing of it is left.
+/// How a queue comes to life: all of a device's queues do, or none.
+pub(super) struct Phases {
+    /// Told that it can take requests, or why it can't.
+    pub(super) ready: oneshot::Sender<Result<()>>,
+    /// Tells it to take them. Without a word it ends.
+    pub(super) start: oneshot::Receiver<()>,
+}
+
+/// Serves a queue until the driver takes it away; nothing of it is left then.
 pub(super) async fn serve<D: Device<Ring>>(
     ring: Ring,
     shape: Shape,
     device: Arc<D>,
-    ready: oneshot::Sender<Result<()>>,
-    ended: oneshot::Sender<()>,
+    phases: Phases,
 ) {
     let name = shape.name.clone();
     let queue = match Queue::new(ring.clone(), shape, device) {
         Ok(queue) => Rc::new(queue),
         Err(error) => {
-            let _ = ready.send(Err(error));
+            let _ = phases.ready.send(Err(error));
             return;
         }
     };
-    for tag in 0..queue.shape.depth {
-        ring.spawn(queue.clone().serve_tag(tag));
+    let _ = phases.ready.send(Ok(()));
+    if phases.start.await.is_ok() {
+        queue.live.set(queue.shape.depth);
+        for tag in 0..queue.shape.depth {
+            ring.spawn(queue.clone().serve_tag(tag));
+        }
     }
-    let _ = ready.send(Ok(()));
     queue.idle.wait(|| queue.live.get() == 0).await;
     tracing::debug!(device = %name, queue = queue.shape.queue, "a queue has ended");
     // Its tasks have ended, and dropped their handles with their last step.
     debug_assert_eq!(Rc::strong_count(&queue), 1);
     ring.give_back(queue.numbers.clone());
-    drop(queue);
-    let _ = ended.send(());
 }
 
 struct Queue<D> {
@@ -118,8 +125,8 @@ impl<D: Device<Ring>> Queue<D> {
                 Error::new(Kind::Unavailable, what + "; attach with a smaller --depth")
             })?,
         };
-        let live = Cell::new(shape.depth);
-        Ok(Queue { ring, shape, device, descriptors, numbers, live, idle: Signal::new() })
+        let (live, idle) = (Cell::new(0), Signal::new());
+        Ok(Queue { ring, shape, device, descriptors, numbers, live, idle })
     }
 
     async fn serve_tag(self: Rc<Self>, tag: u16) {

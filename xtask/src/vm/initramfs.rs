@@ -116,12 +116,7 @@ pub fn build(dir: &Path, kernel: &Kernel, underlay: &Path) -> Result<PathBuf> {
         libraries.extend(needed(&program)?);
     }
     let xtask = std::env::current_exe().context("finding this program")?;
-    // Beside the program as cargo builds it; a program from elsewhere comes without.
-    let example = underlay.with_file_name("examples").join("nbd_device");
-    let built = [("underlay", underlay), ("xtask", &xtask), ("nbd_device", &example)];
-    for (name, program) in
-        built.into_iter().filter(|(name, program)| *name != "nbd_device" || program.exists())
-    {
+    for (name, program) in [("underlay", underlay), ("xtask", &xtask)] {
         libraries.extend(needed(program)?);
         let target = root.join("bin").join(name);
         // Without what debuggers want it is a quarter in size, and the guest unpacks it sooner.

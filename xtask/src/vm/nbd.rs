@@ -1,5 +1,4 @@
-//! The kernel's NBD client on our server: /dev/nbdN that outlives the daemon, by way of
-//! `examples/nbd_device`.
+//! The kernel's NBD client on our server: /dev/nbdN that outlives the daemon (`attach --via nbd`).
 //!
 //! Invariants checked: the device is what the export is; no request fails and no acknowledged write
 //! is lost when the daemon is killed or stopped under load; a daemon that is merely slow is not given
@@ -31,7 +30,7 @@ const LIMIT: Duration = Duration::from_secs(120);
 
 /// Runs the test; its disk: a (ext4).
 pub fn run(guest: &mut Guest) -> Result<()> {
-    guest.need(&["nbd_device", "fio"])?;
+    guest.need(&["fio"])?;
     let disk = guest.format("a")?;
     let raw = guest.dir().join("base.raw");
     pattern::image(&raw, SIZE, 7)?;
@@ -43,7 +42,7 @@ pub fn run(guest: &mut Guest) -> Result<()> {
             .ok(&["replica", "create", name, "--image", "base", "--disk", "a", "--size", "96M"])?;
     }
     guest.check("an image is a read-only device, byte for byte", |_| {
-        let device = Device::attach(&daemon, "image/base")?;
+        let device = Device::attach(&daemon, "image/base", 1)?;
         let mut all = Vec::new();
         File::open(device.path())?.read_to_end(&mut all)?;
         if let Some(at) = pattern::differ(&all, &fs::read(&raw)?) {
@@ -51,35 +50,34 @@ pub fn run(guest: &mut Guest) -> Result<()> {
         }
         let writer = OpenOptions::new().write(true).open(device.path());
         ensure!(writer.and_then(|it| it.write_at(&[1; 512], 0)).is_err(), "a write was taken");
-        device.detach()?;
+        device.detach(&daemon)?;
         Ok(format!("{} MiB", all.len() >> 20))
     })?;
-    guest.check("kill -9 and restart under fio --verify: no error, nothing lost", |guest| {
-        let device = Device::attach(&daemon, "replica/fio")?;
-        let keeper = device.keep(&daemon, guest.dir())?;
-        let mut load = fio(&device, guest.dir(), 4 * KILLS + 4)?;
-        for _ in 0..KILLS {
-            thread::sleep(Duration::from_secs(2));
-            daemon.kill()?;
-            daemon.restart()?;
-        }
-        let code = load.wait(LIMIT)?;
-        ensure!(code == 0, "fio ended with {code}: {}", load.said());
-        drop(keeper);
-        device.detach()?;
-        Ok(format!("{KILLS} kills"))
-    })?;
+    for connections in [1, 4] {
+        let what = format!("kill -9 and restart under fio --verify, {connections} connection(s)");
+        guest.check(&format!("{what}: no error, nothing lost"), |guest| {
+            let kills = if connections == 1 { KILLS } else { 1 };
+            let device = Device::attach(&daemon, "replica/fio", connections)?;
+            let mut load = fio(&device, guest.dir(), 4 * kills + 4)?;
+            for _ in 0..kills {
+                thread::sleep(Duration::from_secs(2));
+                daemon.kill()?;
+                daemon.restart()?;
+            }
+            let code = load.wait(LIMIT)?;
+            ensure!(code == 0, "fio ended with {code}: {}", load.said());
+            device.detach(&daemon)?;
+            Ok(format!("{kills} kills"))
+        })?;
+    }
     guest.check("ext4 lives through kills and orderly restarts, fsck clean", |guest| {
         guest.need(&["mkfs.ext4", "e2fsck"])?;
-        let device = Device::attach(&daemon, "replica/ext4")?;
-        let keeper = device.keep(&daemon, guest.dir())?;
+        let device = Device::attach(&daemon, "replica/ext4", 1)?;
         tool("mkfs.ext4", ["-q", "-F"]).args([device.path()]).run()?;
         let at = guest.dir().join("mounted");
         fs::create_dir_all(&at)?;
         guest.mount_device(&device.path(), &at)?;
-        let refused = tool("nbd_device", ["detach", &device.index]).outcome()?;
-        ensure!(refused.code == 1, "it was detached under its file system");
-        ensure!(refused.said().contains("mounted at"), "{}", refused.said());
+        daemon.refused(&["detach", "replica/ext4"], &["mounted at", "--force"])?;
         let log = OpenOptions::new().create(true).append(true).open(at.join("log"))?;
         let mut lines = 0_u64;
         for round in 0..STOPS * 2 {
@@ -102,13 +100,11 @@ pub fn run(guest: &mut Guest) -> Result<()> {
         let text = fs::read_to_string(at.join("log"))?;
         ensure!(text.lines().count() as u64 == lines, "{} of {lines} lines", text.lines().count());
         tool("umount", [&at]).run()?;
-        drop(keeper);
-        device.detach()?;
+        device.detach(&daemon)?;
         Ok(format!("{lines} lines, {STOPS} kills, {STOPS} restarts"))
     })?;
     guest.check("a slow daemon is waited for, and a device grows under load", |guest| {
-        let device = Device::attach(&daemon, "replica/grown")?;
-        // Nobody reconnects it: were it given up, fio would hang.
+        let device = Device::attach(&daemon, "replica/grown", 1)?;
         let mut load = fio(&device, guest.dir(), 14)?;
         thread::sleep(Duration::from_secs(1));
         let pid = Pid::from_raw(daemon.id()? as i32);
@@ -116,53 +112,78 @@ pub fn run(guest: &mut Guest) -> Result<()> {
         thread::sleep(Duration::from_secs(5));
         kill(pid, Signal::SIGCONT)?;
         daemon.ok(&["replica", "resize", "grown", "128M"])?;
-        let socket = daemon.nbd().to_string_lossy().into_owned();
-        tool("nbd_device", ["resize", &socket, "replica/grown", &device.index]).run()?;
-        let sectors = fs::read_to_string(format!("/sys/block/nbd{}/size", device.index))?;
+        let name = device.path().file_name().unwrap_or_default().to_string_lossy().into_owned();
+        let sectors = fs::read_to_string(format!("/sys/block/{name}/size"))?;
         ensure!(sectors.trim() == "262144", "it has {} sectors", sectors.trim());
         let code = load.wait(LIMIT)?;
         ensure!(code == 0, "fio ended with {code}: {}", load.said());
-        device.detach()?;
+        device.detach(&daemon)?;
         Ok("stopped for 5 s; 96 MiB to 128 MiB".into())
+    })?;
+    guest.check(
+        "one that was detached behind the daemon's back is seen, and attached again",
+        |guest| {
+            guest.need(&["nbd-client"])?;
+            let device = Device::attach(&daemon, "replica/fio", 1)?;
+            tool("nbd-client", ["-d"]).args([device.path()]).run()?;
+            let told = until(|| {
+                let status = daemon.json(&["status"])?;
+                Ok(Some(status["attachments"][0]["waiting"].to_string()).filter(|it| it != "null"))
+            })?;
+            ensure!(told.contains("somebody else"), "{told}");
+            let again = Device::attach(&daemon, "replica/fio", 1)?;
+            File::open(again.path())?.read_exact(&mut [0; 4096])?;
+            again.detach(&daemon)?;
+            Ok(String::new())
+        },
+    )?;
+    guest.check("what it can't do is refused", |_| {
+        daemon.refused(&["attach", "replica/fio", "--via", "nbd", "--copy"], &["--via nbd"])?;
+        daemon
+            .refused(&["attach", "replica/fio", "--via", "nbd", "--queues", "17"], &["1 to 16"])?;
+        Ok(String::new())
     })?;
     daemon.healthy()?;
     daemon.stop()
 }
 
-/// An attached device; it is detached, whoever uses it, when the guard goes.
+/// An attached device.
 struct Device {
-    index: String,
     export: &'static str,
+    node: PathBuf,
 }
 
 impl Device {
-    fn attach(daemon: &Daemon, export: &'static str) -> Result<Device> {
-        let socket = daemon.nbd().to_string_lossy().into_owned();
-        let index = tool("nbd_device", ["attach", &socket, export]).out()?.trim().to_string();
-        Ok(Device { index, export })
+    fn attach(daemon: &Daemon, export: &'static str, connections: u32) -> Result<Device> {
+        let connections = connections.to_string();
+        let told = daemon.json(&["attach", export, "--via", "nbd", "--queues", &connections])?;
+        let node = PathBuf::from(told["device"].as_str().unwrap_or_default());
+        ensure!(node.starts_with("/dev") && told["zero_copy"] == false, "{told}");
+        ensure!(fs::canonicalize(Path::new("/dev/underlay").join(export))? == node, "its link");
+        Ok(Device { export, node })
     }
 
     fn path(&self) -> PathBuf {
-        Path::new("/dev").join(format!("nbd{}", self.index))
+        self.node.clone()
     }
 
-    /// Reconnects it for as long as the guard is held.
-    fn keep(&self, daemon: &Daemon, dir: &Path) -> Result<Process> {
-        let socket = daemon.nbd().to_string_lossy().into_owned();
-        let log = dir.join(format!("keep-{}.log", self.index));
-        tool("nbd_device", ["keep", &socket, self.export, &self.index]).background(&log)
-    }
-
-    fn detach(&self) -> Result<()> {
-        tool("nbd_device", ["detach", &self.index]).run()
+    fn detach(&self, daemon: &Daemon) -> Result<()> {
+        daemon.ok(&["detach", self.export])?;
+        let link = Path::new("/dev/underlay").join(self.export);
+        ensure!(fs::symlink_metadata(&link).is_err(), "{} is still there", link.display());
+        Ok(())
     }
 }
 
-impl Drop for Device {
-    fn drop(&mut self) {
-        // After an orderly detach there is nothing left to do.
-        let _ = tool("nbd_device", ["detach", &self.index, "force"]).outcome();
+/// Waits for something to come about.
+fn until<T>(mut look: impl FnMut() -> Result<Option<T>>) -> Result<T> {
+    for _ in 0..100 {
+        if let Some(found) = look()? {
+            return Ok(found);
+        }
+        thread::sleep(Duration::from_millis(50));
     }
+    bail!("it did not come about within 5 s")
 }
 
 /// Random writes of mixed sizes, read back and compared, for so many seconds.
@@ -172,5 +193,5 @@ fn fio(device: &Device, dir: &Path, seconds: usize) -> Result<Process> {
         .args(["--bssplit=512/10:3k/10:4k/60:60k/20", "--size=64m", "--time_based", &runtime])
         .args(["--verify=crc32c", "--verify_backlog=200", "--verify_fatal=1"])
         .args([format!("--filename={}", file.display())])
-        .background(&dir.join(format!("fio-{}.log", device.index)))
+        .background(&dir.join("fio.log"))
 }

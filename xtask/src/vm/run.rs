@@ -81,9 +81,7 @@ impl Options {
     pub fn build(&self) -> Result<()> {
         let cargo = std::env::var("CARGO").unwrap_or_else(|_| "cargo".into());
         let profile: &[&str] = if self.release { &["--release"] } else { &[] };
-        let build =
-            tool(cargo, ["build", "--quiet", "--bin", "underlay", "--example", "nbd_device"])
-                .args(profile);
+        let build = tool(cargo, ["build", "--quiet", "--bin", "underlay"]).args(profile);
         build.within(&place::root()).limit(BUILD).run()
     }
 

@@ -23,7 +23,7 @@ fn opened() -> Option<Socket> {
 fn families_are_asked_for_by_name() {
     let Some(mut socket) = opened() else { return };
     let control = socket.family("nlctrl").unwrap().expect("the family of families");
-    assert_eq!(control.id, CONTROL);
+    assert_eq!(control, CONTROL);
     assert_eq!(socket.family("underlay-none").unwrap(), None);
     assert_eq!(socket.family("nlctrl").unwrap(), Some(control), "answers are not mixed up");
 }
