@@ -16,7 +16,7 @@ mod links;
 use std::{
     collections::{BTreeMap, BTreeSet},
     sync::{Arc, Mutex, MutexGuard, PoisonError, Weak},
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use futures_util::future::join_all;
@@ -46,6 +46,8 @@ use crate::{
 const START: Duration = Duration::from_secs(20);
 /// How long a command waits for another one about the same attachment.
 const PATIENCE: Duration = Duration::from_secs(5);
+/// How long somebody who only looks at a device has it open.
+const GLANCE: Duration = Duration::from_secs(1);
 /// How often an attachment that waits is tried again.
 const RETRY: Duration = Duration::from_secs(10);
 /// Requests that a queue may have under way, unless asked for otherwise.
@@ -243,7 +245,7 @@ impl Attachments {
         let seen = entry.view();
         match &mut *state {
             State::Gone => return Err(none()),
-            State::Served(device) => device.stop(stop).await?,
+            State::Served(device) => stopped(device, stop).await?,
             State::Waiting => match find(&record).await {
                 Ok(Found::Nothing | Found::Foreign) => {}
                 Ok(Found::Ours | Found::Remains) if stop == Stop::Unused => {
@@ -488,6 +490,20 @@ impl Entry {
             depth: record.depth,
             zero_copy: mode.map(|mode| mode == Mode::ZeroCopy),
             waiting,
+        }
+    }
+}
+
+/// Removes a device. One that is open may be so for a moment only: udev looks at devices when they
+/// appear, and when they are closed.
+async fn stopped(device: &mut Device, stop: Stop) -> Result<()> {
+    let deadline = Instant::now() + GLANCE;
+    loop {
+        match device.stop(stop).await {
+            Err(error) if error.kind() == Kind::InUse && Instant::now() < deadline => {
+                tokio::time::sleep(GLANCE / 20).await;
+            }
+            stopped => return stopped,
         }
     }
 }

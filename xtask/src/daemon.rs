@@ -42,7 +42,17 @@ impl Daemon {
         profile: Profile,
         settings: &str,
     ) -> Result<Daemon> {
-        let program = profile.underlay();
+        Daemon::start_by(profile.underlay(), lab, dir, name, settings)
+    }
+
+    /// Starts a daemon by another program, which is given the arguments of `underlay`.
+    pub fn start_by(
+        program: PathBuf,
+        lab: &Lab,
+        dir: &Path,
+        name: &str,
+        settings: &str,
+    ) -> Result<Daemon> {
         if !program.exists() {
             bail!("{} is not built", program.display());
         }

@@ -37,12 +37,16 @@ const MAX_ZERO_COPY: u32 = 1 << 20;
 const MAX_COPY: u32 = 128 << 10;
 /// How long a command may take; the driver waits for requests under way, and those for disks.
 const COMMAND: Duration = Duration::from_secs(20);
-/// How long a device may take to notice that its former server is gone, and its queues to end.
+/// How long a device may take to notice that its former server is gone.
 const ORPHAN: Duration = Duration::from_secs(10);
+/// How long its queues may take to end once they are told.
+const END: Duration = Duration::from_secs(5);
 /// How long a device's node may take to appear.
 const NODE: Duration = Duration::from_secs(5);
 /// How long requests that are under way may take before a device is handed over.
 const QUIESCE: Duration = Duration::from_secs(10);
+/// How long queues may take to end before the driver is told again.
+const AGAIN: Duration = Duration::from_millis(20);
 
 /// How a block device is to be.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -224,8 +228,19 @@ impl BlockDevice {
             return Ok(());
         }
         let limit = QUIESCE.as_millis() as u64;
-        self.control(move |control, id| control.quiesce(id, limit)).await?;
-        self.ended().await
+        let deadline = Instant::now() + QUIESCE;
+        loop {
+            self.control(move |control, id| control.quiesce(id, limit)).await?;
+            // The driver (up to 7.3 at least) takes back the commands that wait, and forgets those
+            // that answers to requests under way make wait thereafter: it is told again. While our
+            // queues live, none of them is the next server's.
+            if timeout(AGAIN, self.queues.closed()).await.is_ok() {
+                return Ok(());
+            }
+            if Instant::now() > deadline {
+                return self.ended().await;
+            }
+        }
     }
 
     /// Removes it.
@@ -266,7 +281,7 @@ impl BlockDevice {
 
     /// Waits until nothing of the queues is left.
     async fn ended(&self) -> Result<()> {
-        timeout(ORPHAN, self.queues.closed()).await.map_err(|_| {
+        timeout(END, self.queues.closed()).await.map_err(|_| {
             let what = format!("{}: its queues don't end; a disk hangs", self.path());
             Error::new(Kind::Unavailable, what)
         })

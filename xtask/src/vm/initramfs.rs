@@ -40,10 +40,12 @@ const PROGRAMS: &[&str] = &[
     "qemu-io",
     "qemu-nbd",
     "resize2fs",
+    "setpriv",
     "sfdisk",
     "sha256sum",
     "strace",
     "sync",
+    "udevadm",
     "umount",
     "xfs_growfs",
     "xfs_io",
@@ -101,8 +103,11 @@ pub fn build(dir: &Path, kernel: &Kernel, underlay: &Path) -> Result<PathBuf> {
     for alias in ["sbin", "usr/bin", "usr/sbin"] {
         symlink("/bin", root.join(alias))?;
     }
-    fs::write(root.join("etc/passwd"), "root:x:0:0::/root:/bin/sh\n")?;
-    fs::write(root.join("etc/group"), "root:x:0:\ndisk:x:6:\n")?;
+    fs::write(
+        root.join("etc/passwd"),
+        "root:x:0:0::/root:/bin/sh\nuser:x:1000:1000::/tmp:/bin/sh\n",
+    )?;
+    fs::write(root.join("etc/group"), "root:x:0:\ndisk:x:6:\nuser:x:1000:\nunderlay:x:990:\n")?;
     symlink("/proc/self/mounts", root.join("etc/mtab"))?;
     applets(&root)?;
     let mut libraries = BTreeSet::new();

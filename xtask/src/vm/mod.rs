@@ -33,6 +33,7 @@ mod power;
 mod run;
 mod smoke;
 mod ublk;
+mod udev;
 mod wire;
 
 use std::time::Duration;
@@ -115,6 +116,14 @@ pub const TESTS: &[Test] = &[
         limit: Duration::from_secs(240),
         boots: Boots::Shared,
         run: nbd::run,
+    },
+    Test {
+        name: "udev",
+        about: "links by udev's rules; devices of a daemon that isn't root",
+        disks: &[Disk { name: "a", size: 2 * GIB, fs: Fs::Ext4 }],
+        limit: Duration::from_secs(180),
+        boots: Boots::Shared,
+        run: udev::run,
     },
     Test {
         name: "power",

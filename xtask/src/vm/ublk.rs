@@ -254,7 +254,7 @@ fn device_size(device: &str) -> Result<u64> {
 }
 
 /// Gives an image a partition table, with one partition.
-fn partition(raw: &Path) -> Result<()> {
+pub fn partition(raw: &Path) -> Result<()> {
     let mut sector = [0; 512];
     // Active, from sector 2048 on, 64 Ki sectors, of type Linux.
     sector[446..462].copy_from_slice(&[0x80, 0, 0, 0, 0x83, 0, 0, 0, 0, 8, 0, 0, 0, 0, 1, 0]);
