@@ -15,22 +15,28 @@ use crate::{
 /// Make a block device of an image (read-only) or a replica.
 ///
 /// The device stays when the daemon stops or crashes: its requests wait, and the next daemon serves
-/// them. /dev/underlay/image/NAME and /dev/underlay/replica/NAME link to it.
+/// them. It is made again after a restart of the machine, until it is detached. Links to it are
+/// /dev/underlay/image/NAME and /dev/underlay/replica/NAME.
+///
+/// ublk moves data without a copy where the kernel can (`underlay doctor` tells); a daemon that isn't
+/// root makes devices that copy, and end with it. --via nbd uses the kernel's NBD client.
 #[derive(Debug, Args)]
 #[command(after_help = "Examples:\n  \
     underlay attach replica/vm1\n  \
     mount /dev/underlay/replica/vm1 /mnt\n  \
-    underlay attach image/debian-12 --scan")]
+    underlay attach image/debian-12 --scan\n  \
+    underlay attach replica/vm2 --via nbd")]
 pub struct Attach {
     /// image/NAME or replica/NAME.
     export: String,
     /// What makes the block device.
     #[arg(long, default_value = "ublk")]
     via: Via,
-    /// Queues, each served by one I/O thread; 1 or 2 otherwise.
+    /// Queues, each served by one I/O thread: 1 or 2 otherwise. With --via nbd, connections: 1 is
+    /// served again soonest after a crash of the daemon.
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=64))]
     queues: Option<u16>,
-    /// Requests that a queue may have under way; 64 otherwise.
+    /// Requests that a queue may have under way: 64 otherwise. Not with --via nbd: always 128.
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
     depth: Option<u16>,
     /// Copy data between kernel and daemon, also where that isn't needed.

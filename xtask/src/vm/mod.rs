@@ -32,6 +32,7 @@ mod nbd;
 mod power;
 mod run;
 mod smoke;
+mod together;
 mod ublk;
 mod udev;
 mod wire;
@@ -116,6 +117,18 @@ pub const TESTS: &[Test] = &[
         limit: Duration::from_secs(240),
         boots: Boots::Shared,
         run: nbd::run,
+    },
+    Test {
+        name: "together",
+        about: "three file systems, ublk and NBD devices, one image, all at once",
+        disks: &[
+            Disk { name: "a", size: 2 * GIB, fs: Fs::Ext4 },
+            Disk { name: "b", size: 2 * GIB, fs: Fs::Xfs },
+            Disk { name: "c", size: 2 * GIB, fs: Fs::Btrfs },
+        ],
+        limit: Duration::from_secs(240),
+        boots: Boots::Shared,
+        run: together::run,
     },
     Test {
         name: "udev",

@@ -117,9 +117,10 @@ fn unprivileged(guest: &mut Guest, disk: &Path, raw: &Path) -> Result<()> {
         for open in [sockets, guest.dir()] {
             fs::set_permissions(open, fs::Permissions::from_mode(0o777))?;
         }
+        // By its path: the shell has a lesser one of the same name.
         let program = guest.dir().join("as-user");
         let privileges = format!("--reuid {USER} --regid {USER} --groups {GROUP} --inh-caps=-all");
-        script(&program, &format!("#!/bin/sh\nexec setpriv {privileges} underlay \"$@\"\n"))?;
+        script(&program, &format!("#!/bin/sh\nexec /bin/setpriv {privileges} underlay \"$@\"\n"))?;
         let mut daemon = Daemon::start_by(program, &guest.lab, &home, "user", "")?;
         daemon.ok(&["disk", "add", &own.to_string_lossy(), "--name", "own"])?;
         daemon.ok(&["image", "import", &raw.to_string_lossy(), "--name", "base"])?;
