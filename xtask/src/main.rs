@@ -14,6 +14,7 @@ mod image;
 mod kill;
 mod lab;
 mod nbd;
+mod packaging;
 mod pattern;
 mod place;
 mod report;

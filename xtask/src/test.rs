@@ -13,7 +13,7 @@ use crate::lab::Lab;
 use crate::report::{Report, say};
 use crate::subject::Against;
 use crate::tool::tool;
-use crate::{clients, demo, guest, hostile, kill, place, savings, sick, vm};
+use crate::{clients, demo, guest, hostile, kill, packaging, place, savings, sick, vm};
 
 /// How long cargo may build and test, on two slow processors.
 const CARGO: Duration = Duration::from_secs(35 * 60);
@@ -51,6 +51,7 @@ pub fn run(report: &mut Report) -> Result<()> {
 pub fn rigs(report: &mut Report) -> Result<()> {
     let lab = Lab::open()?;
     demo::run(&lab, report);
+    packaging::run(&lab, report);
     guest::run(&lab, Against::Underlay, report);
     clients::run(&lab, Against::Underlay, 1, report);
     kill::run(&lab, Against::Underlay, 1, report);

@@ -1,5 +1,5 @@
-//! udev beside the daemon: the links of packaging/60-underlay.rules, and devices without privileges
-//! by packaging/61-underlay-unprivileged.rules.
+//! What is in packaging/: the links of 60-underlay.rules, made for a daemon with no more privileges
+//! than underlay.service has, and devices without privileges by 61-underlay-unprivileged.rules.
 //!
 //! Invariants checked: udev knows the links, of partitions too, and they go with the device; udev's
 //! own looking at devices does not get in the way of a detach; a daemon that isn't root makes devices
@@ -56,7 +56,10 @@ pub fn run(guest: &mut Guest) -> Result<()> {
 }
 
 fn links(guest: &mut Guest, disk: &Path, raw: &Path) -> Result<()> {
-    let mut daemon = guest.daemon("")?;
+    // Root, with what packaging/underlay.service leaves of it.
+    let program = guest.dir().join("as-service");
+    script(&program, &format!("#!/bin/sh\nexec /bin/setpriv {} underlay \"$@\"\n", bounds()?))?;
+    let mut daemon = Daemon::start_by(program, &guest.lab, guest.dir(), "udev", "")?;
     let names = guest.lab.socket("udev.devices");
     fs::create_dir_all("/run/underlay")?;
     symlink(&names, NAMES).with_context(|| format!("linking {}", names.display()))?;
@@ -156,6 +159,15 @@ fn unprivileged(guest: &mut Guest, disk: &Path, raw: &Path) -> Result<()> {
     Ok(())
 }
 
+/// The unit's capabilities, as setpriv takes them.
+fn bounds() -> Result<String> {
+    let unit = include_str!("../../../packaging/underlay.service");
+    let set = unit.lines().find_map(|line| line.strip_prefix("CapabilityBoundingSet="));
+    let names = set.context("the unit has no CapabilityBoundingSet=")?.split_whitespace();
+    let names = names.map(|name| format!(",+{}", name.trim_start_matches("CAP_").to_lowercase()));
+    Ok(format!("--bounding-set=-all{}", names.collect::<String>()))
+}
+
 /// Starts udev with nothing but our rules.
 fn start(guest: &Guest) -> Result<Process> {
     let rules = Path::new("/etc/udev/rules.d");
@@ -173,6 +185,8 @@ fn start(guest: &Guest) -> Result<Process> {
         tool("udevadm", ["trigger", "--action=add", "--subsystem-match", kind]).run()?;
     }
     settle()?;
+    let said = fs::read_to_string(guest.dir().join("udevd.log"))?;
+    ensure!(!said.contains("underlay"), "it complains: {said}");
     Ok(process)
 }
 
