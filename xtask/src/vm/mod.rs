@@ -27,10 +27,13 @@
 mod guest;
 mod initramfs;
 mod inside;
+mod limited;
 mod machine;
+mod mapped;
 mod nbd;
 mod power;
 mod run;
+mod sick;
 mod smoke;
 mod together;
 mod ublk;
@@ -137,6 +140,18 @@ pub const TESTS: &[Test] = &[
         limit: Duration::from_secs(180),
         boots: Boots::Shared,
         run: udev::run,
+    },
+    Test {
+        name: "sick",
+        about: "disks that fail, hang and are full, beneath what is attached",
+        disks: &[
+            Disk { name: "a", size: 2 * GIB, fs: Fs::Ext4 },
+            Disk { name: "b", size: 2 * GIB, fs: Fs::Ext4 },
+            Disk { name: "c", size: 2 * GIB, fs: Fs::Xfs },
+        ],
+        limit: Duration::from_secs(240),
+        boots: Boots::Shared,
+        run: sick::run,
     },
     Test {
         name: "power",
