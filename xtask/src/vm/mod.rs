@@ -28,8 +28,10 @@ mod guest;
 mod initramfs;
 mod inside;
 mod limited;
+mod log;
 mod machine;
 mod mapped;
+mod marks;
 mod nbd;
 mod power;
 mod run;
@@ -152,6 +154,18 @@ pub const TESTS: &[Test] = &[
         limit: Duration::from_secs(240),
         boots: Boots::Shared,
         run: sick::run,
+    },
+    Test {
+        name: "marks",
+        about: "the replica's disk at every flush of its log, and torn in between: it recovers",
+        disks: &[
+            Disk { name: "a", size: 2 * GIB, fs: Fs::Ext4 },
+            Disk { name: "b", size: 2 * GIB, fs: Fs::Ext4 },
+            Disk { name: "c", size: 2 * GIB, fs: Fs::Xfs },
+        ],
+        limit: Duration::from_secs(300),
+        boots: Boots::Shared,
+        run: marks::run,
     },
     Test {
         name: "power",

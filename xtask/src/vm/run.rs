@@ -47,8 +47,8 @@ pub struct Options {
     /// Test the release build
     #[arg(long)]
     release: bool,
-    /// Count each write of `power` as flushed: proves that a cut loses what was not, and that the
-    /// rig sees it (it must fail)
+    /// Count each write of `power` and `marks` as flushed: proves that a cut loses what was not, and
+    /// that the rig sees it (they must fail)
     #[arg(long)]
     overclaim: bool,
     /// The seed of what is written, and of when the power is cut
@@ -153,7 +153,7 @@ struct Progress {
 impl Rig<'_> {
     fn all(&mut self, tests: &[&'static Test], options: &Options) {
         let shared = tests.iter().copied().filter(|test| test.boots == Boots::Shared);
-        self.shared(shared.collect(), options.seed);
+        self.shared(shared.collect(), options);
         for test in tests {
             if let Boots::Cut(cache) = test.boots
                 && let Err(error) = self.cut(test, cache, options)
@@ -164,11 +164,11 @@ impl Rig<'_> {
     }
 
     /// Runs tests in one boot, and those after one that fails in another.
-    fn shared(&mut self, mut tests: VecDeque<&'static Test>, seed: u64) {
+    fn shared(&mut self, mut tests: VecDeque<&'static Test>, options: &Options) {
         while !tests.is_empty() {
             let mut progress = Progress::default();
             let before = tests.len();
-            let outcome = self.once(&mut tests, seed, &mut progress);
+            let outcome = self.once(&mut tests, options, &mut progress);
             let left = format!("the guest left {} tests undone", tests.len());
             let error = match outcome {
                 Err(error) => error,
@@ -187,7 +187,7 @@ impl Rig<'_> {
     fn once(
         &mut self,
         tests: &mut VecDeque<&'static Test>,
-        seed: u64,
+        options: &Options,
         progress: &mut Progress,
     ) -> Result<()> {
         let names: Vec<_> = tests.iter().map(|test| test.name).collect();
@@ -197,7 +197,10 @@ impl Rig<'_> {
             let sizes = tests.iter().filter_map(|test| test.disks.get(at)).map(|disk| disk.size);
             drives.push(self.drive(at, sizes.max().unwrap_or(0), Cache::Plain)?);
         }
-        let words = format!("underlay.tests={} underlay.seed={seed}", names.join(","));
+        let (names, seed) = (names.join(","), options.seed);
+        let overclaim = u8::from(options.overclaim);
+        let words =
+            format!("underlay.tests={names} underlay.seed={seed} underlay.overclaim={overclaim}");
         let mut machine = self.boot(&drives, &words)?;
         match self.listen(&mut machine, tests, progress) {
             Ok(_) => machine.off(OFF),
