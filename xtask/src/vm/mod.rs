@@ -37,6 +37,7 @@ mod power;
 mod run;
 mod sick;
 mod smoke;
+mod stress;
 mod together;
 mod ublk;
 mod udev;

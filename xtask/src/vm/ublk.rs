@@ -4,7 +4,7 @@
 //! - a base device holds what its image does, byte for byte, however it is read: cached and direct,
 //!   without copying and with it, over one queue and two; it takes no writes; partitions are seen if
 //!   that was asked for;
-//! - a replica verifies under mixed writes from 512 bytes to 256 KiB, at any alignment; what was
+//! - a replica verifies under mixed writes from 512 bytes to 1 MiB, at any alignment; what was
 //!   zeroed reads as zeros; file systems made on it are whole; it grows while it is mounted;
 //! - a device that is open is not detached, and what is attached is not removed;
 //! - a daemon that is killed, and one that is told to stop, lose nothing: load goes on without an
@@ -15,11 +15,12 @@ use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, anyhow, ensure};
 use fastrand::Rng;
 use nix::fcntl::OFlag;
 
 use super::guest::Guest;
+use super::stress;
 use crate::daemon::Daemon;
 use crate::pattern;
 use crate::tool::tool;
@@ -30,6 +31,8 @@ const SIZE: u64 = 64 << 20;
 const REPLICA: u64 = (96 << 20) + 512;
 /// How long one load of fio may take in a slow guest.
 const LOAD: Duration = Duration::from_secs(240);
+/// How long a file system on a replica is put under load.
+const STRESS: Duration = Duration::from_secs(15);
 /// Where the devices' links are.
 const BASE: &str = "/dev/underlay/image/base";
 const VM: &str = "/dev/underlay/replica/vm";
@@ -131,14 +134,14 @@ pub fn run(guest: &mut Guest) -> Result<()> {
     guest.check("base: still the image after all that", |guest| {
         same_as(BASE, &truth, guest.seed + 1)
     })?;
-    for (name, make, check) in [
-        ("ext4", ["mkfs.ext4", "-q", "-F"], ["e2fsck", "-fn"]),
-        ("xfs", ["mkfs.xfs", "-q", "-f"], ["xfs_repair", "-n"]),
+    for (name, make, check, grow) in [
+        ("ext4", ["mkfs.ext4", "-q", "-F"], ["e2fsck", "-fn"], "resize2fs"),
+        ("xfs", ["mkfs.xfs", "-q", "-f"], ["xfs_repair", "-n"], "xfs_growfs"),
     ] {
         guest.check(
-            &format!("replica: {name} on it is whole; it grows while mounted"),
+            &format!("replica: {name} on it under load, growing: nothing lost, and whole"),
             |guest| {
-                guest.need(&[make[0], check[0]])?;
+                guest.need(&[make[0], check[0], grow])?;
                 let before = fs::metadata("/sys/class/block").map(|_| device_size(VM))??;
                 let now = before + (320 << 20);
                 daemon.ok(&["replica", "resize", "vm", &now.to_string()])?;
@@ -146,24 +149,24 @@ pub fn run(guest: &mut Guest) -> Result<()> {
                 tool(make[0], &make[1..]).args([VM]).run()?;
                 let at = guest.dir().join(format!("on-{name}"));
                 guest.mount_device(Path::new(VM), &at)?;
-                let mut rng = Rng::with_seed(guest.seed);
-                for file in 0..60 {
-                    let bytes = vec![rng.u8(..); rng.usize(1..400_000)];
-                    fs::write(at.join(format!("f{file}")), bytes)?;
-                    if file % 3 == 2 {
-                        fs::remove_file(at.join(format!("f{}", file - 1)))?;
-                    }
-                }
+                let (root, seed) = (at.clone(), guest.seed);
+                let load = std::thread::spawn(move || stress::load(&root, seed, STRESS));
+                std::thread::sleep(STRESS / 3);
                 let grown = now + (32 << 20);
                 daemon.ok(&["replica", "resize", "vm", &grown.to_string()])?;
                 ensure!(device_size(VM)? == grown, "the kernel did not see it grow");
-                if name == "ext4" {
-                    guest.need(&["resize2fs"])?;
-                    tool("resize2fs", [VM]).run()?;
+                match name {
+                    "ext4" => tool("resize2fs", [VM]).run()?,
+                    _ => tool("xfs_growfs", [&at]).run()?,
                 }
+                let tree = load.join().map_err(|_| anyhow!("the load panicked"))??;
+                tree.check()?;
+                tool("umount", [&at]).run()?;
+                guest.mount_device(Path::new(VM), &at)?;
+                let figures = tree.check()?;
                 tool("umount", [&at]).run()?;
                 tool(check[0], &check[1..]).args([VM]).limit(LOAD).run()?;
-                Ok(String::new())
+                Ok(figures)
             },
         )?;
     }
@@ -213,7 +216,7 @@ fn load(guest: &Guest, more: &[&str]) -> Result<String> {
 fn fio(guest: &Guest, more: &[&str]) -> crate::tool::Tool {
     tool("fio", ["--name=load", "--ioengine=libaio", "--direct=1", "--iodepth=16"])
         .args([format!("--filename={VM}"), format!("--randseed={}", guest.seed)])
-        .args(["--bsrange=512-256k", "--bs_unaligned=0", "--size=64m", "--fsync=40"])
+        .args(["--bsrange=512-1m", "--bs_unaligned=0", "--size=64m", "--fsync=40"])
         .args(["--verify=crc32c", "--verify_fatal=1", "--verify_backlog=128"])
         .args(more)
         .within(guest.dir())
