@@ -170,8 +170,8 @@ impl<I: Io> Overlay<I> {
             Some(reason) => Err(Error::new(
                 Kind::Poisoned,
                 format!(
-                    "overlay {}: {reason}; nothing is written any more, restart its replica once \
-                     the disk is sound",
+                    "overlay {}: {reason}; nothing is written any more: once the disk is sound, \
+                     disconnect its clients or detach it, and attach it again",
                     self.id
                 ),
             )),

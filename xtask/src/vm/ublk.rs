@@ -127,9 +127,9 @@ pub fn run(guest: &mut Guest) -> Result<()> {
         guest.need(&["fio"])?;
         restarts(guest, &mut daemon, 10, Daemon::kill)
     })?;
-    guest.check("daemon upgraded 3 times under load: no error", |guest| {
+    guest.check("daemon upgraded 6 times under load: no error", |guest| {
         guest.need(&["fio"])?;
-        restarts(guest, &mut daemon, 3, Daemon::stop)
+        restarts(guest, &mut daemon, 6, Daemon::stop)
     })?;
     guest.check("base: still the image after all that", |guest| {
         same_as(BASE, &truth, guest.seed + 1)
