@@ -1,4 +1,7 @@
 //! Commands of drivers, given through a ring of their own, one at a time, and waited for.
+//!
+//! Invariant: the memory that a command names is the driver's until it has answered. Should it be
+//! impossible to wait for that, the memory is never given back, and the ring takes no more commands.
 
 use std::{
     fs::File,
@@ -7,6 +10,8 @@ use std::{
 };
 
 use io_uring::{IoUring, cqueue, opcode, squeue, types};
+
+use super::ring::for_now;
 
 /// Bytes of a command.
 pub const COMMAND: usize = 80;
@@ -24,12 +29,14 @@ pub struct Operand<'a> {
 /// A ring for commands. It waits in the kernel: not for threads that serve guests.
 pub struct Commands {
     ring: IoUring<squeue::Entry128, cqueue::Entry>,
+    /// A command was given up; it may be under way still.
+    broken: bool,
 }
 
 impl Commands {
     /// Makes the ring.
     pub fn new() -> Result<Commands> {
-        Ok(Commands { ring: IoUring::builder().build(2)? })
+        Ok(Commands { ring: IoUring::builder().build(2)?, broken: false })
     }
 
     /// Gives `command` to the driver behind `file` and waits for its answer, 0 or more. The driver
@@ -42,26 +49,36 @@ impl Commands {
         mut command: [u8; COMMAND],
         operand: Option<Operand<'_>>,
     ) -> Result<u32> {
-        if let Some(Operand { bytes, length_at, address_at }) = operand {
-            let len = u16::try_from(bytes.len()).map_err(|_| ErrorKind::InvalidInput)?;
-            command[length_at..length_at + 2].copy_from_slice(&len.to_ne_bytes());
-            let address = bytes.as_mut_ptr() as u64;
-            command[address_at..address_at + 8].copy_from_slice(&address.to_ne_bytes());
+        if self.broken {
+            return Err(Error::other("an earlier command was not answered"));
+        }
+        // Of its own, so that it can outlive the caller's.
+        let mut memory: Box<[u8]> =
+            operand.as_ref().map_or(&[][..], |operand| &*operand.bytes).into();
+        if let Some(Operand { length_at, address_at, .. }) = &operand {
+            let len = u16::try_from(memory.len()).map_err(|_| ErrorKind::InvalidInput)?;
+            command[*length_at..length_at + 2].copy_from_slice(&len.to_ne_bytes());
+            let address = memory.as_mut_ptr().expose_provenance() as u64;
+            command[*address_at..address_at + 8].copy_from_slice(&address.to_ne_bytes());
         }
         let entry = opcode::UringCmd80::new(types::Fd(file.as_raw_fd()), number).cmd(command);
-        // SAFETY: the file is open and the operand lives until the command has ended, which is waited
-        // for below, come what may; the ring holds nothing else.
+        // SAFETY: the file is open, and `memory` is let go only after the command has ended, below;
+        // the ring holds nothing else.
         unsafe { self.ring.submission().push(&entry.build()) }
             .map_err(|_| Error::from(ErrorKind::WouldBlock))?;
         let answer = loop {
-            match self.ring.submit_and_wait(1) {
-                Err(error) if error.raw_os_error() != Some(libc::EINTR) => return Err(error),
-                _ => {}
+            if let Err(error) = self.ring.submit_and_wait(1).map(drop).or_else(for_now) {
+                self.broken = true;
+                std::mem::forget(memory);
+                return Err(error);
             }
             if let Some(answer) = self.ring.completion().next() {
                 break answer.result();
             }
         };
+        if let Some(Operand { bytes, .. }) = operand {
+            bytes.copy_from_slice(&memory);
+        }
         u32::try_from(answer).map_err(|_| Error::from_raw_os_error(-answer))
     }
 }

@@ -16,6 +16,7 @@ use std::{
         fd::{AsRawFd, OwnedFd, RawFd},
         unix::fs::FileTypeExt,
     },
+    panic::{AssertUnwindSafe, catch_unwind},
     pin::Pin,
     rc::Rc,
     sync::Arc,
@@ -185,7 +186,8 @@ impl Ring {
             let (jobs, stop) = inner.tasks.take_mail();
             stopping |= stop;
             for job in jobs {
-                job(self);
+                // A bug in one is not to end the thread: see `Tasks::run`.
+                let _ = catch_unwind(AssertUnwindSafe(|| job(self)));
             }
             inner.tasks.run();
             if stopping && inner.tasks.len() == 0 && inner.ops.borrow().is_empty() {
@@ -209,10 +211,8 @@ impl Ring {
     /// Submits what has gathered and waits for so many completions.
     fn enter(&self, wait: usize) -> Result<()> {
         match self.0.uring.borrow().submit_and_wait(wait) {
-            Err(error) if !matches!(error.raw_os_error(), Some(libc::EINTR | libc::EBUSY)) => {
-                Err(error)
-            }
-            _ => Ok(()),
+            Err(error) => for_now(error),
+            Ok(_) => Ok(()),
         }
     }
 
@@ -230,7 +230,12 @@ impl Ring {
         // SAFETY: what the entry points at is kept by its operation's slab entry, or by the ring
         // itself for the mail, until the completion is reaped.
         while unsafe { uring.submission().push(entry) }.is_err() {
-            uring.submit()?;
+            let Err(error) = uring.submit() else { continue };
+            for_now(error)?;
+            // It may be for want of room for completions.
+            drop(uring);
+            self.reap();
+            uring = self.0.uring.borrow_mut();
         }
         if uring.submission().len() >= GATHER {
             // What the kernel does not take now stays in the queue, and goes with the next call.
@@ -412,6 +417,19 @@ impl Drop for Operation {
             State::Done(_) => drop(ops.remove(key)),
             _ => ops[key].state = State::Abandoned,
         }
+    }
+}
+
+/// The error of a submission, unless the kernel only asks for another: a signal came, completions are
+/// to be reaped first, or it lacks memory now.
+pub(super) fn for_now(error: Error) -> Result<()> {
+    match error.raw_os_error() {
+        Some(libc::EINTR | libc::EBUSY) => Ok(()),
+        Some(libc::EAGAIN) => {
+            std::thread::yield_now();
+            Ok(())
+        }
+        _ => Err(error),
     }
 }
 
