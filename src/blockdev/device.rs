@@ -3,7 +3,9 @@
 //! Front ends check nothing of a device's inside and devices nothing of the wire; both rely on what
 //! is written here.
 
-use std::future::Future;
+use std::{any::Any, future::Future, panic::AssertUnwindSafe};
+
+use futures_util::FutureExt;
 
 pub use crate::cow::Provision;
 use crate::{
@@ -68,6 +70,19 @@ pub trait Device<I: Io>: 'static {
     /// Appends to `extents` what lies in the range, in order, neighbours merged, until the range or
     /// `limit` extents are covered; at least one. Pure: no I/O.
     fn extents(&self, offset: u64, len: u64, limit: usize, extents: &mut Vec<Extent>);
+}
+
+/// Serves a request; `None` if that panics, which is a bug of ours: it costs the request, and not the
+/// client, who must be answered. What it held is told by its guards; operations that it had under way
+/// keep their memory until they end.
+pub(super) async fn caught<T>(request: impl Future<Output = T>) -> Option<T> {
+    let caught = AssertUnwindSafe(request).catch_unwind().await;
+    caught.inspect_err(|panic| tracing::error!(what = message(&**panic), "a request panicked")).ok()
+}
+
+fn message(panic: &(dyn Any + Send)) -> &str {
+    let text = panic.downcast_ref::<String>().map(String::as_str);
+    text.or_else(|| panic.downcast_ref::<&str>().copied()).unwrap_or("no message")
 }
 
 /// Appends an extent, or lengthens the last one if it is of the same kind. False if it would be

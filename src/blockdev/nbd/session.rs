@@ -29,8 +29,8 @@ use super::{
     wire::{self, Command, Place, REQUEST_HEADER, Request},
 };
 use crate::{
-    blockdev::{Device, Extent},
-    error::Result,
+    blockdev::{Device, Extent, device::caught},
+    error::{Error, Kind, Result},
     io::{
         Buf, Io, Ring,
         batch::{Batch, Part},
@@ -215,7 +215,8 @@ impl<D: Device<Ring>> Session<D> {
     /// A worker: serves requests until the session closes.
     async fn work(self: Rc<Self>) {
         while let Some(Work { cookie, task, buf, bytes }) = self.next_work().await {
-            let part = match self.serve(cookie, task, buf).await {
+            let panicked = || Err(Error::new(Kind::Io, "serving it panicked"));
+            let part = match caught(self.serve(cookie, task, buf)).await.unwrap_or_else(panicked) {
                 Ok(part) => part,
                 Err(error) => {
                     tracing::warn!(%error, "request failed");
@@ -434,3 +435,6 @@ impl<'a, D> Input<'a, D> {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -16,7 +16,7 @@ use tokio::sync::oneshot;
 
 use super::abi::{self, Operation, Request};
 use crate::{
-    blockdev::{Device, Provision},
+    blockdev::{Device, Provision, device::caught},
     error::{Context, Error, Kind, Result},
     io::{
         Buf, Ring,
@@ -130,7 +130,7 @@ impl<D: Device<Ring>> Queue<D> {
     }
 
     async fn serve_tag(self: Rc<Self>, tag: u16) {
-        let memory = self.memory(tag);
+        let mut memory = self.memory(tag);
         let (mut number, mut result) = (abi::FETCH, 0);
         loop {
             if let Memory::Lent(loan) = &memory {
@@ -147,11 +147,17 @@ impl<D: Device<Ring>> Queue<D> {
                 }
             }
             let request = Request::decode(tag, |index| self.descriptors.load(index));
-            result = match self.answer(request, &memory).await {
-                Ok(len) => len,
-                Err(error) => {
+            result = match caught(self.answer(request, &memory)).await {
+                Some(Ok(len)) => len,
+                Some(Err(error)) => {
                     tracing::warn!(device = %self.shape.name, ?request, %error, "request failed");
                     -error.kind().errno()
+                }
+                None => {
+                    // Operations may be under way on it still: the next request gets other memory.
+                    // Pages that were lent the kernel keeps until those have ended.
+                    memory = self.memory(tag);
+                    -Kind::Io.errno()
                 }
             };
             number = abi::COMMIT_AND_FETCH;
