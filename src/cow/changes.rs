@@ -7,8 +7,9 @@
 //!   first saves the copy that the checkpoint will write.
 //! - A block is on the list as `data` only after its bytes were written to the data file: the sync
 //!   that follows the taking covers them.
-//! - The list is bounded by the callers: past [`LIMIT`] runs they commit before they change more,
-//!   and no change covers more than one page's blocks at a time.
+//! - The list is bounded: while it is full nothing becomes zero, and the callers commit before they
+//!   change anything else. What a commit has taken and not made durable counts too, or a disk on
+//!   which commits fail would make the list, and the tail, as long as it goes on.
 
 use std::{
     collections::HashMap,
@@ -22,16 +23,18 @@ use std::{
 use bitvec::vec::BitVec;
 
 use super::{
-    format::{BLOCKS_PER_PAGE, MAX_RUN, RUNS_PER_RECORD, Run, State, WORDS},
+    format::{BLOCKS_PER_PAGE, MAX_RUN, RECORDS, RUNS_PER_RECORD, Run, State, WORDS},
     map::Map,
     tail::Tail,
 };
 
-/// Pending runs past which one of the writers commits, while the others go on: half of what a new
-/// map's journal holds, so that random writes without a flush need a checkpoint every other time.
-pub const SOFT_LIMIT: usize = 32 * RUNS_PER_RECORD;
-/// Pending runs past which nobody changes more before there was a commit.
-pub const LIMIT: usize = 2 * SOFT_LIMIT;
+/// Pending runs past which nobody changes more before there was a commit, at most: it is as much as the
+/// journal holds, and that of a new map holds so many. Past half of it one of the writers commits
+/// while the others go on, so that random writes without a flush need a checkpoint every other time.
+pub const LIMIT: usize = RECORDS as usize * RUNS_PER_RECORD;
+
+/// How many times the limit may be pending and taken, together.
+const TAKEN: usize = 2;
 
 /// The states of an overlay's blocks, and which of them are not durable yet.
 pub struct Changes {
@@ -39,16 +42,19 @@ pub struct Changes {
     pending: Mutex<Pending>,
     /// `runs.len()` of the list, to be read without its lock.
     count: AtomicUsize,
-    /// The list, and what a commit has taken of it and not made durable yet, for the next process.
-    tail: Tail,
+    /// Runs that a commit has taken and not made durable yet.
+    taken: AtomicUsize,
+    limit: usize,
+    session: u64,
 }
 
-#[derive(Default)]
 struct Pending {
     taken: Taken,
     /// Per bitmap area, the pages that may differ from what stands there on disk.
     dirty: [BitVec; 2],
     frozen: Option<Frozen>,
+    /// The list, and what a commit has taken of it and not made durable yet, for the next process.
+    tail: Tail,
 }
 
 /// What a commit takes.
@@ -108,16 +114,18 @@ impl Changes {
     ///
     /// `stale` are the pages of each area that are, or may be, on disk otherwise than in `map`;
     /// `punch` are blocks whose space may not have been given back; `lately` are the changes that
-    /// the tail has already, in order, and no disk.
+    /// the tail has already, in order, and no disk. `room` is how many runs the journal holds.
     pub fn new(
         map: Map,
+        room: usize,
         stale: [BitVec; 2],
         punch: Vec<Range<u64>>,
         tail: Tail,
         lately: Vec<Run>,
     ) -> Changes {
         let taken = Taken { punch, ..Taken::default() };
-        let mut pending = Pending { taken, dirty: stale, frozen: None };
+        let session = tail.session();
+        let mut pending = Pending { taken, dirty: stale, frozen: None, tail };
         for run in lately {
             let blocks = run.start..run.end();
             if run.state == State::Zero {
@@ -126,22 +134,31 @@ impl Changes {
             pending.change(&map, blocks, run.state);
         }
         let count = AtomicUsize::new(pending.taken.runs.len());
-        Changes { map, pending: Mutex::new(pending), count, tail }
+        Changes {
+            map,
+            pending: Mutex::new(pending),
+            count,
+            taken: AtomicUsize::new(0),
+            limit: room.min(LIMIT),
+            session,
+        }
     }
 
     /// The session in whose name commits are made.
     pub fn session(&self) -> u64 {
-        self.tail.session()
+        self.session
     }
 
     /// What was taken up to `end` is durable.
     pub fn settled(&self, end: u64) {
-        self.tail.drop_before(end);
+        let mut pending = self.pending();
+        pending.tail.drop_before(end);
+        self.taken.store(0, Ordering::Relaxed);
     }
 
     /// What is not durable is lost: nobody is to find it.
     pub fn void(&self) {
-        self.tail.void();
+        self.pending().tail.void();
     }
 
     /// The states as they are now.
@@ -154,25 +171,40 @@ impl Changes {
         self.count.load(Ordering::Relaxed)
     }
 
+    /// Whether there must be a commit before anything else changes.
+    pub fn is_full(&self) -> bool {
+        let pending = self.count();
+        pending >= self.limit || pending + self.taken.load(Ordering::Relaxed) >= TAKEN * self.limit
+    }
+
+    /// Whether it is time for a commit.
+    pub fn is_half_full(&self) -> bool {
+        self.count() >= self.limit / 2
+    }
+
     /// Makes `blocks` data. Their bytes stand in the data file.
     pub fn to_data(&self, blocks: Range<u64>) {
         if self.map.is_all(blocks.clone(), State::Data) {
             return;
         }
         let mut pending = self.pending();
-        self.keep(blocks.clone(), State::Data);
+        pending.keep(blocks.clone(), State::Data);
         pending.change(&self.map, blocks, State::Data);
         self.count.store(pending.taken.runs.len(), Ordering::Relaxed);
     }
 
-    /// Makes those of `blocks` zero that `over` names.
-    pub fn to_zero(&self, blocks: Range<u64>, over: Over) {
+    /// Makes those of `blocks` zero that `over` names. Returns where it stopped: short of their end
+    /// when the list is full.
+    pub fn to_zero(&self, blocks: Range<u64>, over: Over) -> u64 {
         let mut block = blocks.start;
         while block < blocks.end {
             let (state, end) = self.map.run(block..blocks.end);
             if state == State::Data || state == State::Base && over == Over::Everything {
                 let mut pending = self.pending();
-                self.keep(block..end, State::Zero);
+                if self.is_full() {
+                    return block;
+                }
+                pending.keep(block..end, State::Zero);
                 pending.change(&self.map, block..end, State::Zero);
                 if state == State::Data {
                     pending.taken.punch_later(block..end);
@@ -181,6 +213,7 @@ impl Changes {
             }
             block = end;
         }
+        blocks.end
     }
 
     /// Takes all pending changes, and for a checkpoint to `area` freezes the pages it must write.
@@ -189,19 +222,19 @@ impl Changes {
         let runs = pending.taken.runs.len();
         match need {
             Need::Room(_) if runs == 0 => return Capture::Nothing,
-            Need::Room(room) if runs <= room => {
-                self.count.store(0, Ordering::Relaxed);
-                let taken = std::mem::take(&mut pending.taken);
-                return Capture::Records(Taken { end: self.tail.end(), ..taken });
-            }
+            Need::Room(room) if runs <= room => return Capture::Records(self.take(&mut pending)),
             _ => {}
         }
         let left = std::mem::take(&mut pending.dirty[area]);
         let pages = left.iter_ones().map(|page| page as u64).collect();
         pending.frozen = Some(Frozen { left, saved: HashMap::new() });
+        Capture::Checkpoint { taken: self.take(&mut pending), pages, total: self.map.pages() }
+    }
+
+    fn take(&self, pending: &mut Pending) -> Taken {
+        self.taken.store(pending.taken.runs.len(), Ordering::Relaxed);
         self.count.store(0, Ordering::Relaxed);
-        let taken = Taken { end: self.tail.end(), ..std::mem::take(&mut pending.taken) };
-        Capture::Checkpoint { taken, pages, total: self.map.pages() }
+        Taken { end: pending.tail.end(), ..std::mem::take(&mut pending.taken) }
     }
 
     /// A frozen page as it was when it was frozen.
@@ -235,16 +268,7 @@ impl Changes {
         taken.punch.append(&mut pending.taken.punch);
         pending.taken = taken;
         self.count.store(pending.taken.runs.len(), Ordering::Relaxed);
-    }
-
-    /// Keeps a change in the tail, in pieces that a record could hold. The list's lock is held.
-    fn keep(&self, blocks: Range<u64>, state: State) {
-        let mut start = blocks.start;
-        while start < blocks.end {
-            let len = MAX_RUN.min(blocks.end - start);
-            self.tail.keep(Run { start, len, state });
-            start += len;
-        }
+        self.taken.store(0, Ordering::Relaxed);
     }
 
     fn pending(&self) -> MutexGuard<'_, Pending> {
@@ -254,6 +278,16 @@ impl Changes {
 }
 
 impl Pending {
+    /// Keeps a change in the tail, in pieces that a record could hold.
+    fn keep(&mut self, blocks: Range<u64>, state: State) {
+        let mut start = blocks.start;
+        while start < blocks.end {
+            let len = MAX_RUN.min(blocks.end - start);
+            self.tail.keep(Run { start, len, state });
+            start += len;
+        }
+    }
+
     fn change(&mut self, map: &Map, blocks: Range<u64>, state: State) {
         for page in blocks.start / BLOCKS_PER_PAGE..blocks.end.div_ceil(BLOCKS_PER_PAGE) {
             if let Some(frozen) = &mut self.frozen
@@ -319,7 +353,7 @@ mod tests {
             session: 0,
         };
         let (tail, lately) = Tail::open(None, &superblock);
-        Changes::new(Map::new(), Default::default(), Vec::new(), tail, lately)
+        Changes::new(Map::new(), 8, Default::default(), Vec::new(), tail, lately)
     }
 
     #[test]
@@ -370,6 +404,27 @@ mod tests {
             panic!("asked for")
         };
         assert_eq!(pages, [0, 1, 2], "the other area has seen nothing yet");
+    }
+
+    #[test]
+    fn a_full_list_takes_no_more_zeros_until_there_was_a_commit() {
+        let changes = changes();
+        // Every other block is data.
+        (0..100).for_each(|n| changes.map.set(2 * n..2 * n + 1, State::Data));
+        assert_eq!(changes.to_zero(0..200, Over::Data), 2 * 8);
+        assert_eq!(changes.to_zero(16..200, Over::Data), 2 * 8, "full");
+        let take = || match changes.capture(Need::Room(100), 0) {
+            Capture::Records(taken) => taken,
+            _ => panic!("they fit"),
+        };
+        let first = take();
+        assert_eq!(changes.to_zero(16..200, Over::Data), 4 * 8, "one list is under way");
+        changes.put_back(first);
+        assert_eq!((changes.count(), changes.to_zero(32..200, Over::Data)), (16, 4 * 8));
+        let both = take();
+        assert_eq!(changes.to_zero(32..200, Over::Data), 4 * 8, "as many as may be are under way");
+        changes.settled(both.end);
+        assert_eq!(changes.to_zero(32..200, Over::Data), 6 * 8);
     }
 
     #[test]

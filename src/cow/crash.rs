@@ -58,6 +58,8 @@ pub enum Mutant {
     UnsyncedData,
     /// What was not committed dies with the process.
     ForgetfulTail,
+    /// A tail that something is missing from says that it holds all the same.
+    BoastfulTail,
 }
 
 /// Figures of one run, or of many.

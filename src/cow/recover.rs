@@ -76,7 +76,8 @@ pub(super) async fn recover<I: Io>(
     if lately.iter().any(|run| run.end() > units::blocks(superblock.size)) {
         return Err(corrupt(id, "its tail speaks of blocks past the device's end"));
     }
-    let changes = Changes::new(found.map, found.stale, zeroed, tail, lately);
+    let room = superblock.records as usize * format::RUNS_PER_RECORD;
+    let changes = Changes::new(found.map, room, found.stale, zeroed, tail, lately);
     Ok(Found { superblock, changes, replayed })
 }
 

@@ -11,7 +11,6 @@ use std::sync::atomic::Ordering;
 
 use super::{
     Base,
-    changes::{LIMIT, SOFT_LIMIT},
     format::State,
     locks::Mode,
     overlay::{BOUNCE, Overlay},
@@ -56,9 +55,9 @@ impl<I: Io> Overlay<I> {
     /// on the list of changes? If not, a commit makes some.
     pub(super) async fn before_change(&self, io: &I) -> Result<()> {
         self.check_poison()?;
-        let pending = self.changes.count();
-        // One at a time past the first limit: who finds the journal locked need not wait for it.
-        if pending >= LIMIT || pending >= SOFT_LIMIT && self.journal.try_lock().is_ok() {
+        // One at a time while there is room: who finds the journal locked need not wait for it.
+        let changes = &self.changes;
+        if changes.is_full() || changes.is_half_full() && self.journal.try_lock().is_ok() {
             self.flush(io).await?;
         }
         Ok(())

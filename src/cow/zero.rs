@@ -32,11 +32,11 @@ impl<I: Io> Overlay<I> {
         let end = check_range(offset, len, self.size())?;
         self.check_poison()?;
         for piece in pieces(offset..end) {
-            self.before_change(io).await?;
-            let inner = whole_blocks(&piece);
-            if !inner.is_empty() {
+            let mut inner = whole_blocks(&piece);
+            while !inner.is_empty() {
+                self.before_change(io).await?;
                 let _exclusive = self.locks.lock(inner.clone(), Mode::Exclusive).await;
-                self.changes.to_zero(inner, Over::Data);
+                inner.start = self.changes.to_zero(inner.clone(), Over::Data);
             }
         }
         Ok(())
@@ -53,20 +53,24 @@ impl<I: Io> Overlay<I> {
     ) -> Result<()> {
         let end = check_range(offset, len, self.size())?;
         self.check_poison()?;
-        for piece in pieces(offset..end) {
-            self.before_change(io).await?;
-            self.zero_piece(io, base, piece, provision).await?;
+        for mut piece in pieces(offset..end) {
+            while !piece.is_empty() {
+                self.before_change(io).await?;
+                piece.start = self.zero_piece(io, base, piece.clone(), provision).await?;
+            }
         }
         Ok(())
     }
 
+    /// Returns where it stopped: short of the end when the list of changes is full. The lock must go
+    /// before there can be a commit, which gives space back.
     async fn zero_piece<B: Base<I>>(
         &self,
         io: &I,
         base: &B,
         bytes: Range<u64>,
         provision: Provision,
-    ) -> Result<()> {
+    ) -> Result<u64> {
         let Range { start: offset, end } = bytes;
         let blocks = offset / BLOCK..units::blocks(end);
         let inner = whole_blocks(&bytes);
@@ -74,11 +78,11 @@ impl<I: Io> Overlay<I> {
         if inner.is_empty() {
             let middle = end.min(units::round_down(offset, BLOCK) + BLOCK);
             self.zero_partial(io, base, offset..middle).await?;
-            return self.zero_partial(io, base, middle..end).await;
+            self.zero_partial(io, base, middle..end).await?;
+            return Ok(end);
         }
         let (first, last) = (inner.start * BLOCK, inner.end * BLOCK);
         self.zero_partial(io, base, offset..first).await?;
-        self.zero_partial(io, base, last..end).await?;
         match provision {
             Provision::Keep => {
                 self.zero_in_place(io, first..last).await?;
@@ -89,12 +93,16 @@ impl<I: Io> Overlay<I> {
                     if segment.source != Source::Zero {
                         let blocks =
                             segment.offset / BLOCK..units::blocks(segment.offset + segment.len);
-                        self.changes.to_zero(blocks, Over::Everything);
+                        let stop = self.changes.to_zero(blocks.clone(), Over::Everything);
+                        if stop < blocks.end {
+                            return Ok(stop * BLOCK);
+                        }
                     }
                 }
             }
         }
-        Ok(())
+        self.zero_partial(io, base, last..end).await?;
+        Ok(end)
     }
 
     /// Writes zeros to a part of one block, unless it reads as zeros already.

@@ -35,6 +35,9 @@ const ALPHABET: [Action; 11] = [
 
 const SIZE: u64 = 4 * BLOCK + 2 * SECTOR;
 
+/// Runs that the tail has room for.
+const TAIL: usize = 2;
+
 /// What is done, without a crash, right before each sequence: nothing, so that its first flush is a
 /// checkpoint; or what brings the journal to where its next flush appends the last record that fits.
 const WARM_UPS: [&[Action]; 2] = [
@@ -93,6 +96,8 @@ fn prepared(outcome: &mut Outcome) -> Result<Node, Violation> {
         align: (512, 4096),
         areas: Vec::from_iter([Range { start: 0, end: SIZE + 10 * SECTOR }]),
     });
+    // A write over an edge and a zeroing make it run over.
+    node.keep_tail(TAIL);
     let script = [ALPHABET[0], Action::Zero(BLOCK, BLOCK, Provision::Release), Action::Flush];
     play(&mut node, &[], &script, None, outcome)
         .and_then(|_| node.power_cut(Cut::LoseAll))

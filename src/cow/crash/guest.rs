@@ -8,7 +8,7 @@ use super::{
     node::{Image, Node},
 };
 use crate::{
-    cow::{Overlay, Provision, format::RUNS_PER_RECORD},
+    cow::{Overlay, Provision, format::RUNS_PER_RECORD, tail::Place},
     error::{Kind, Result as IoResult},
     io::{
         Buf,
@@ -36,6 +36,7 @@ pub(super) struct Guests {
     sim: Sim,
     image: Image,
     overlay: Rc<Overlay<Sim>>,
+    tail: Option<Place>,
     areas: Vec<Range<u64>>,
     model: Rc<RefCell<Model>>,
     sizes: Rc<RefCell<Vec<u64>>>,
@@ -63,6 +64,7 @@ impl Guests {
             sim: node.sim.clone(),
             image: node.image.clone(),
             overlay,
+            tail: node.tail.clone(),
             areas: node.areas.clone(),
             model: node.model.clone(),
             sizes: node.sizes.clone(),
@@ -265,8 +267,15 @@ impl Guests {
     async fn flush(&self, flush: impl Future<Output = IoResult<()>>) {
         let began = self.model.borrow_mut().now();
         let (poisoned, size) = (self.overlay.poisoned().is_some(), self.overlay.size());
+        let still = |state: &State| state.busy.is_empty().then_some(state.next);
+        let before = still(&self.state.borrow());
         let result = flush.await;
         if result.is_ok() {
+            // Nothing changed meanwhile, so nothing is left that the tail could lack.
+            let at_rest = before.is_some() && before == still(&self.state.borrow());
+            if at_rest && self.tail.as_ref().is_some_and(|place| !place.holds()) {
+                self.violation("all is durable, and the tail does not hold".to_owned());
+            }
             if poisoned {
                 self.violation("a poisoned overlay acknowledged a flush".to_owned());
             }

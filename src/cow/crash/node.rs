@@ -17,7 +17,7 @@ use crate::{
     cow::{
         Base, Overlay,
         format::{self, BLOCKS_PER_PAGE},
-        tail::{self, Place},
+        tail::{self, Memory, Place},
     },
     error::{Error, Kind, Result as IoResult},
     io::{
@@ -85,11 +85,55 @@ pub(super) struct Node {
     pub(super) sizes: Rc<RefCell<Vec<u64>>>,
     faulty: bool,
     /// Where the replica's tail is kept, if it is.
-    tail: Option<Place>,
+    pub(super) tail: Option<Place>,
+    /// There is more memory for the tail than guests can fill: nothing but a failed sync voids it.
+    roomy: bool,
     /// Syncs that had failed when it was last recovered: a later one voids the tail.
     failed_syncs: u64,
     /// The tail does not outlive the process, whatever it says.
     forgetful: bool,
+    /// The tail says that it holds, whatever is missing.
+    boastful: bool,
+}
+
+/// Memory of which there is little: a tail in it runs over, or can't be written everywhere.
+struct Scarce {
+    words: Box<[AtomicU64]>,
+    /// Words for which there is no memory.
+    missing: Range<usize>,
+}
+
+impl Scarce {
+    fn new(words: usize, missing: Range<usize>) -> Scarce {
+        Scarce { words: (0..words).map(|_| AtomicU64::new(0)).collect(), missing }
+    }
+
+    /// Memory for a tail of `runs` runs.
+    fn of(runs: usize) -> Scarce {
+        Scarce::new(tail::HEAD + runs * tail::RUN, 0..0)
+    }
+
+    fn copy(place: &Place) -> Place {
+        let words = place.memory.words().iter();
+        let words = words.map(|word| AtomicU64::new(word.load(Ordering::Relaxed))).collect();
+        Place { memory: Arc::new(Scarce { words, missing: 0..0 }), boot: place.boot }
+    }
+
+    fn random(rng: &mut fastrand::Rng) -> Scarce {
+        let words = tail::HEAD + rng.usize(1..12) * tail::RUN;
+        let missing = if rng.u8(0..3) == 0 { rng.usize(tail::HEAD..words) } else { words };
+        Scarce::new(words, missing..(missing + rng.usize(0..20)).min(words))
+    }
+}
+
+impl Memory for Scarce {
+    fn words(&self) -> &[AtomicU64] {
+        &self.words
+    }
+
+    fn reserve(&self, word: usize) -> bool {
+        !self.missing.contains(&word)
+    }
 }
 
 /// How a node is laid out.
@@ -125,9 +169,18 @@ impl Node {
             sizes: Rc::new(RefCell::new(vec![layout.size])),
             faulty: false,
             tail: None,
+            roomy: true,
             failed_syncs: 0,
             forgetful: false,
+            boastful: false,
         }
+    }
+
+    /// Keeps a tail, in memory for `runs` runs.
+    pub(super) fn keep_tail(&mut self, runs: usize) {
+        self.roomy = false;
+        let memory = Arc::new(Scarce::of(runs));
+        self.tail = Some(Place { memory, boot: Uuid::from_u128(1) });
     }
 
     /// A node of random layout: small devices, or large ones of which guests touch the places
@@ -146,8 +199,9 @@ impl Node {
             }
         };
         let aligns = [1, 512, 4096];
+        let seed = rng.u64(..);
         let mut node = Node::new(Layout {
-            seed: rng.u64(..),
+            seed,
             size,
             image: if rng.bool() { rng.u64(0..=size) } else { rng.u64(0..size + 9 * BLOCK) },
             records: if rng.u8(0..4) == 0 { 64 } else { rng.u32(2..6) },
@@ -157,14 +211,21 @@ impl Node {
         if rng.bool() {
             node.sim.set_torn_sectors(node.map);
         }
-        if rng.u8(0..3) > 0 {
-            let words: Box<[AtomicU64]> = (0..tail::BYTES / 8).map(|_| AtomicU64::new(0)).collect();
-            node.tail = Some(Place { memory: Arc::new(words), boot: Uuid::from_u128(1) });
+        if rng.u8(0..3) > 0 || mutant == Some(Mutant::BoastfulTail) {
+            let mut own = fastrand::Rng::with_seed(seed);
+            node.roomy = own.bool() && mutant != Some(Mutant::BoastfulTail);
+            let memory = match mutant {
+                Some(Mutant::BoastfulTail) => Scarce::of(own.usize(1..4)),
+                _ if node.roomy => Scarce::new(tail::BYTES / 8, 0..0),
+                _ => Scarce::random(&mut own),
+            };
+            node.tail = Some(Place { memory: Arc::new(memory), boot: Uuid::from_u128(1) });
         }
         match mutant {
             Some(Mutant::UnsyncedMap) => node.sim.set_lie(node.map, Lie::Sync),
             Some(Mutant::UnsyncedData) => node.sim.set_lie(node.data, Lie::Sync),
             Some(Mutant::ForgetfulTail) => node.forgetful = true,
+            Some(Mutant::BoastfulTail) => node.boastful = true,
             None => {}
         }
         node
@@ -181,9 +242,11 @@ impl Node {
             model: Rc::new(RefCell::new(self.model.borrow().clone())),
             sizes: Rc::new(RefCell::new(self.sizes.borrow().clone())),
             faulty: self.faulty,
-            tail: None,
+            tail: self.tail.as_ref().map(Scarce::copy),
+            roomy: self.roomy,
             failed_syncs: self.failed_syncs,
             forgetful: self.forgetful,
+            boastful: self.boastful,
         }
     }
 
@@ -238,12 +301,23 @@ impl Node {
     /// Kills the process, and checks what is found then.
     pub(super) fn kill(&mut self) -> Result<(), String> {
         self.sim.kill();
-        if self.forgetful
-            && let Some(place) = &self.tail
-        {
-            place.memory.words().iter().for_each(|word| word.store(0, Ordering::Relaxed));
+        let sound = self.sim.failed_syncs() == self.failed_syncs;
+        let mut kept = false;
+        if let Some(place) = &self.tail {
+            let words = place.memory.words();
+            if self.boastful {
+                words[tail::AT_VALID].store(1, Ordering::Relaxed);
+            }
+            kept = sound && place.holds();
+            // Nobody may have come as far as to keep anything.
+            let begun = words[tail::AT_MAGIC].load(Ordering::Relaxed) != 0;
+            if begun && sound && self.roomy && !kept {
+                return Err("the tail is void, and had room".to_owned());
+            }
+            if self.forgetful {
+                words.iter().for_each(|word| word.store(0, Ordering::Relaxed));
+            }
         }
-        let kept = self.tail.is_some() && self.sim.failed_syncs() == self.failed_syncs;
         self.recover(|model, offset, bytes| match kept {
             true => model.check_death(offset, bytes),
             false => model.check_kill(offset, bytes),
