@@ -18,7 +18,8 @@
 //!   period is 30 s, unless sysfs's `io_timeout` says otherwise: [`RESEND`] is written there.
 //!
 //! With more than one connection a request whose timer fires is sent again by way of another one
-//! whatever `timeout` says. Such a device keeps the 30 s.
+//! whatever `timeout` says: harmless to an image, and such a device keeps the 30 s; but not for what is
+//! written.
 //!
 //! Invariants:
 //! - A device is reconnected only after the sessions that served its old connections have ended,
@@ -50,8 +51,9 @@ use super::netlink::{Attributes, Failure, Malformed, Message, Refused, Socket};
 use crate::error::{Error, Kind, Result};
 use command::FAMILY;
 
-/// How often a request looks whether its connection was replaced.
-pub const RESEND: Duration = Duration::from_secs(1);
+/// How often a request looks whether its connection was replaced. Each look of one that waits is a line
+/// in the kernel's log.
+pub const RESEND: Duration = Duration::from_secs(5);
 /// How long requests wait for a new connection unless the caller says otherwise: a day would do as
 /// well, but a machine that shuts down waits for it.
 pub const DEAD_AFTER: Duration = Duration::from_secs(3600);
@@ -181,8 +183,7 @@ impl Client {
     ///
     /// Should the daemon die in that moment, its thread waits in the kernel for requests that
     /// nobody serves any more, and keeps the connections, and generic netlink's lock, to itself.
-    /// So while the size changes, requests have a time limit, after which they fail with EIO and
-    /// nothing waits for ever.
+    /// So while the size changes, requests have a time limit, after which they fail with EIO.
     pub fn resize(&mut self, index: u32, what: &Setup, size: u64) -> Result<()> {
         what.check()?;
         let resizing = format!("resizing /dev/nbd{index}");

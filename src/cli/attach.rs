@@ -32,8 +32,8 @@ pub struct Attach {
     /// What makes the block device.
     #[arg(long, default_value = "ublk")]
     via: Via,
-    /// Queues, each served by one I/O thread: 1 or 2 otherwise. With --via nbd, connections: 1 is
-    /// served again soonest after a crash of the daemon.
+    /// Queues, each served by one I/O thread: 1 or 2 otherwise. With --via nbd, connections: 1, of an
+    /// image more if asked for.
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=64))]
     queues: Option<u16>,
     /// Requests that a queue may have under way: 64 otherwise. Not with --via nbd: always 128.

@@ -22,6 +22,7 @@ use std::{
 use futures_util::future::join_all;
 use tokio::{
     sync::{Mutex as AsyncMutex, OwnedMutexGuard, watch},
+    task::JoinHandle,
     time::timeout,
 };
 use uuid::Uuid;
@@ -48,6 +49,8 @@ const START: Duration = Duration::from_secs(20);
 const PATIENCE: Duration = Duration::from_secs(5);
 /// How long somebody who only looks at a device has it open.
 const GLANCE: Duration = Duration::from_secs(1);
+/// How long an export may take to open before whoever else asks for the attachment has a turn.
+const OPEN: Duration = Duration::from_secs(2);
 /// How often an attachment that waits is tried again.
 const RETRY: Duration = Duration::from_secs(10);
 /// Requests that a queue may have under way, unless asked for otherwise.
@@ -87,8 +90,9 @@ enum Is {
 
 enum State {
     Served(Device),
-    /// The device, if there is one, waits to be found again.
-    Waiting,
+    /// The device, if there is one, waits to be found again; for its export, which a disk may hold
+    /// up.
+    Waiting(Option<JoinHandle<Result<Arc<Export>>>>),
     /// It is no longer in the table.
     Gone,
 }
@@ -203,8 +207,11 @@ impl Attachments {
                 let record = entry.record();
                 let error = error.within(format!("attaching {}", record.export));
                 entry.wait(state, &error);
-                // What could not be made may have left something behind: that keeps its record.
-                if !matches!(find(&record).await, Ok(Found::Ours | Found::Remains)) {
+                // What may have left something behind, or be at it still, keeps its record.
+                let found = find(&record).await;
+                if error.kind() != Kind::Unavailable
+                    && matches!(found, Ok(Found::Nothing | Found::Foreign))
+                {
                     self.forget(entry, state).await?;
                 }
                 Err(error)
@@ -245,8 +252,8 @@ impl Attachments {
         let seen = entry.view();
         match &mut *state {
             State::Gone => return Err(none()),
-            State::Served(device) => stopped(device, stop).await?,
-            State::Waiting => match find(&record).await {
+            State::Served(device) if entry.is_served() => stopped(device, stop).await?,
+            State::Served(_) | State::Waiting(_) => match find(&record).await {
                 Ok(Found::Nothing | Found::Foreign) => {}
                 Ok(Found::Ours | Found::Remains) if stop == Stop::Unused => {
                     let reason = seen.waiting.unwrap_or_default();
@@ -275,9 +282,9 @@ impl Attachments {
             return Ok(());
         };
         match &*entry.lock().await? {
-            State::Served(device) => device.resize(size).await,
+            State::Served(device) if entry.is_served() => device.resize(size).await,
             // It gets its size when it is found again.
-            State::Waiting | State::Gone => Ok(()),
+            _ => Ok(()),
         }
     }
 
@@ -290,7 +297,7 @@ impl Attachments {
                 let mut state = entry.state.lock().await;
                 match std::mem::replace(&mut *state, State::Gone) {
                     State::Served(device) => device.hand_over().await,
-                    State::Waiting | State::Gone => Ok(()),
+                    State::Waiting(_) | State::Gone => Ok(()),
                 }
             };
             let late = |_| {
@@ -312,7 +319,8 @@ impl Attachments {
             if *attachments.closing.borrow() {
                 return;
             }
-            attachments.revive_all().await;
+            // Those that take longer go on, and are passed over meanwhile.
+            let _ = timeout(RETRY, attachments.revive_all()).await;
         }
     }
 
@@ -320,11 +328,23 @@ impl Attachments {
     async fn revive_all(self: &Arc<Self>) {
         let revived = self.entries().into_iter().filter_map(|entry| {
             let mut state = entry.state.clone().try_lock_owned().ok()?;
-            matches!(*state, State::Waiting).then_some(())?;
+            matches!(*state, State::Waiting(_)).then_some(())?;
             let attachments = self.clone();
             Some(tokio::spawn(async move {
                 let known = entry.view().waiting;
-                let Err(error) = attachments.revive(&entry, &mut state).await else { return };
+                let error = loop {
+                    let Err(error) = attachments.revive(&entry, &mut state).await else { return };
+                    if !matches!(*state, State::Waiting(Some(_))) {
+                        break error;
+                    }
+                    // Its disk is at it. Others may have it meanwhile, to give it up.
+                    drop(state);
+                    tokio::time::sleep(OPEN / 10).await;
+                    state = entry.state.clone().lock_owned().await;
+                    if !matches!(*state, State::Waiting(_)) {
+                        return;
+                    }
+                };
                 if known != Some(error.to_string()) {
                     let record = entry.record();
                     tracing::error!(export = %record.export, device = path(&record), %error,
@@ -342,7 +362,7 @@ impl Attachments {
             if *self.closing.borrow() {
                 return Err(Error::new(Kind::Unavailable, "the daemon is stopping"));
             }
-            let export = self.open(record.target).await?;
+            let export = self.opened(record.target, state).await?;
             self.links.announce(&record);
             if let Some(device) = self.servers.revive(&record, export.clone()).await? {
                 return Ok(device);
@@ -363,6 +383,23 @@ impl Attachments {
                 Err(error)
             }
         }
+    }
+
+    /// Opens an export within [`OPEN`]; if it takes longer, the next call goes on with it.
+    async fn opened(&self, target: Target, state: &mut State) -> Result<Arc<Export>> {
+        let mut opening = match std::mem::replace(state, State::Waiting(None)) {
+            State::Waiting(Some(opening)) => opening,
+            _ => {
+                let exports = self.exports.clone();
+                tokio::spawn(async move { open(&exports, target).await })
+            }
+        };
+        if let Ok(opened) = timeout(OPEN, &mut opening).await {
+            let died = |_| Error::new(Kind::Io, "internal error; see the daemon's log");
+            return opened.map_err(died)?;
+        }
+        *state = State::Waiting(Some(opening));
+        Err(Error::new(Kind::Unavailable, "it takes long to open it; does a disk hang?"))
     }
 
     fn served(&self, entry: &Entry, state: &mut State, device: Device) {
@@ -390,23 +427,16 @@ impl Attachments {
             let (name, node): (Name, _) = (name.parse()?, self.node.clone());
             let status = blocking(move || node.image(&name)).await?;
             let target = Target::Image(status.digest);
-            return Ok((target, self.open(target).await?));
+            return Ok((target, open(&self.exports, target).await?));
         }
         if let Some(name) = export.strip_prefix(REPLICA) {
             let (name, node): (Name, _) = (name.parse()?, self.node.clone());
             let status = blocking(move || node.replica(&name)).await?;
             let target = Target::Replica(status.id);
-            return Ok((target, self.open(target).await?));
+            return Ok((target, open(&self.exports, target).await?));
         }
         let what = format!("{export:?}: an export is called image/NAME or replica/NAME");
         Err(Error::new(Kind::Invalid, what))
-    }
-
-    async fn open(&self, target: Target) -> Result<Arc<Export>> {
-        match target {
-            Target::Image(digest) => self.exports.open_image(digest.to_string().parse()?).await,
-            Target::Replica(id) => self.exports.open_replica(id.to_string().parse()?).await,
-        }
     }
 
     fn entries(&self) -> Vec<Arc<Entry>> {
@@ -447,7 +477,7 @@ impl Attachments {
 impl Entry {
     fn waiting(record: Attachment) -> Entry {
         let is = Is::Waiting("it is being attached".to_owned());
-        let state = Arc::new(AsyncMutex::new(State::Waiting));
+        let state = Arc::new(AsyncMutex::new(State::Waiting(None)));
         Entry { known: Mutex::new(Known { record, is }), state }
     }
 
@@ -468,7 +498,9 @@ impl Entry {
 
     fn wait(&self, state: &mut State, reason: &Error) {
         locked(&self.known).is = Is::Waiting(reason.to_string());
-        *state = State::Waiting;
+        if !matches!(state, State::Waiting(_)) {
+            *state = State::Waiting(None);
+        }
     }
 
     fn view(&self) -> AttachmentView {
@@ -491,6 +523,13 @@ impl Entry {
             zero_copy: mode.map(|mode| mode == Mode::ZeroCopy),
             waiting,
         }
+    }
+}
+
+async fn open(exports: &Exports, target: Target) -> Result<Arc<Export>> {
+    match target {
+        Target::Image(digest) => exports.open_image(digest.to_string().parse()?).await,
+        Target::Replica(id) => exports.open_replica(id.to_string().parse()?).await,
     }
 }
 

@@ -156,7 +156,7 @@ impl Exports {
         Ok(id)
     }
 
-    /// Removes a replica, unless somebody uses it; `clients` names who does.
+    /// Removes a replica, unless somebody uses it; `clients` names who does, as far as is known.
     pub async fn remove_replica(
         &self,
         status: &ReplicaStatus,
@@ -164,8 +164,9 @@ impl Exports {
     ) -> Result<Removed> {
         let entry = self.slot(status.id);
         let mut slot = entry.lock().await;
-        if slot.as_ref().is_some_and(Opened::is_shared) {
-            let clients = clients(&format!("{REPLICA}{}", status.name));
+        // One that is attached is in use also while its device waits for it.
+        let clients = clients(&format!("{REPLICA}{}", status.name));
+        if !clients.is_empty() || slot.as_ref().is_some_and(Opened::is_shared) {
             let who = match clients.as_slice() {
                 [] => String::new(),
                 some => format!(" ({})", some.join(", ")),

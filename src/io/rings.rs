@@ -45,9 +45,11 @@ impl Rings {
                         Ok(ring) => {
                             let _ = ready.send(Ok(()));
                             if let Err(error) = ring.run() {
-                                tracing::error!(%error, "a ring failed; its clients are cut off");
-                                // The kernel may still write to what its operations keep.
-                                std::mem::forget(ring);
+                                tracing::error!(%error, "a ring failed: the daemon ends here, the \
+                                    next one goes on where it stopped");
+                                // Nothing that it serves is ever answered, and the kernel may still
+                                // write to what its operations keep.
+                                std::process::abort();
                             }
                         }
                         Err(error) => {

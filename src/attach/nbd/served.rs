@@ -9,7 +9,7 @@
 
 use std::{
     path::Path,
-    sync::Arc,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::{Duration, Instant},
 };
 
@@ -23,7 +23,7 @@ use super::{Choice, Client, Links, Setup, device, node};
 use crate::{
     blockdev::{
         Export,
-        nbd::{Pair, Server},
+        nbd::{Line, Pair, Server},
     },
     error::{Error, Kind, Result},
 };
@@ -40,9 +40,25 @@ const LONG_PAUSE: Duration = Duration::from_secs(1);
 pub struct NbdDevice {
     index: u32,
     setup: Setup,
+    /// What its keeper is to do when a session ends.
+    orders: watch::Sender<Orders>,
+    /// Its connections, some ended.
+    lines: Lines,
     /// Its keeper holds a receiver until the last session has ended.
     life: watch::Sender<()>,
 }
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Orders {
+    /// Replace its connection.
+    Keep,
+    /// Wait for other orders.
+    Wait,
+    /// Replace none: the device is gone.
+    End,
+}
+
+type Lines = Arc<Mutex<Vec<Line>>>;
 
 /// What serves a device.
 #[derive(Clone)]
@@ -64,10 +80,10 @@ impl NbdDevice {
         setup: Setup,
         connections: usize,
     ) -> Result<NbdDevice> {
-        let (links, sessions) = service.connect(connections)?;
-        let what = setup.clone();
+        let (lines, what) = (Lines::default(), setup.clone());
+        let (links, sessions) = service.connect(connections, &lines)?;
         command(move |client| client.connect(Choice::Number(index), &what, links)).await?;
-        Ok(NbdDevice::kept(service, index, setup, sessions))
+        Ok(NbdDevice::kept(service, index, setup, lines, sessions))
     }
 
     /// Takes over the device of this number, whose former connections have ended, or end just now.
@@ -80,24 +96,38 @@ impl NbdDevice {
         setup: Setup,
         connections: usize,
     ) -> Result<NbdDevice> {
-        let (links, sessions) = service.connect(connections)?;
-        let size = links.size;
-        let what = setup.clone();
+        let (lines, what) = (Lines::default(), setup.clone());
+        let (links, sessions) = service.connect(connections, &lines)?;
+        let export = service.export.clone();
         command(move |client| client.reconnect(index, &what, links)).await?;
-        let device = NbdDevice::kept(service, index, setup, sessions);
+        let device = NbdDevice::kept(service, index, setup, lines, sessions);
         // It may have grown just before the former server went.
-        if let Err(error) = device.resize(size).await {
+        if let Err(error) = device.resize(export.device.info().size).await {
             let device = device.path();
-            tracing::warn!(device, %error, "it is served, at its old size");
+            tracing::warn!(device, %error, "it is served, at its old size; `underlay replica resize` \
+                to its size of now tells the kernel again");
         }
         Ok(device)
     }
 
-    fn kept(service: Service, index: u32, setup: Setup, sessions: JoinSet<()>) -> NbdDevice {
-        let device = NbdDevice { index, setup: setup.clone(), life: watch::Sender::default() };
-        let keeper = Keeper { service, index, setup, _alive: device.life.subscribe() };
+    fn kept(
+        service: Service,
+        index: u32,
+        setup: Setup,
+        lines: Lines,
+        sessions: JoinSet<()>,
+    ) -> NbdDevice {
+        let (orders, life) = (watch::Sender::new(Orders::Keep), watch::Sender::default());
+        let keeper = Keeper {
+            service,
+            index,
+            setup: setup.clone(),
+            lines: lines.clone(),
+            orders: orders.subscribe(),
+            _alive: life.subscribe(),
+        };
         tokio::spawn(keeper.keep(sessions));
-        device
+        NbdDevice { index, setup, orders, lines, life }
     }
 
     /// The path of its node.
@@ -130,7 +160,20 @@ impl NbdDevice {
                 return Err(Error::new(Kind::InUse, what));
             }
         }
-        command(move |client| client.disconnect(index)).await?;
+        // No connection is made while the kernel takes leave of the old ones.
+        self.orders.send_replace(Orders::Wait);
+        if forced {
+            // The kernel may be waiting to send by one of them, with a lock that it then asks for,
+            // and one that all of the machine's generic netlink waits for.
+            locked(&self.lines).iter().for_each(Line::cut);
+        }
+        match command(move |client| client.disconnect(index)).await {
+            Ok(()) => self.orders.send_replace(Orders::End),
+            Err(error) => {
+                self.orders.send_replace(Orders::Keep);
+                return Err(error);
+            }
+        };
         timeout(END, self.life.closed()).await.map_err(|_| {
             let what = format!("{}: its requests don't end; a disk hangs", self.path());
             Error::new(Kind::Unavailable, what)
@@ -139,12 +182,16 @@ impl NbdDevice {
 }
 
 impl Service {
-    /// So many connections: their clients' ends, and their sessions.
-    fn connect(&self, count: usize) -> Result<(Links, JoinSet<()>)> {
+    /// So many connections: their clients' ends, and their sessions. They are added to `lines`.
+    fn connect(&self, count: usize, lines: &Lines) -> Result<(Links, JoinSet<()>)> {
         let mut links = Links { sockets: Vec::new(), size: 0, flags: 0 };
         let mut sessions = JoinSet::new();
         for _ in 0..count {
-            let Pair { socket, terms, session } = self.server.pair(self.export.clone())?;
+            let pair = self.server.pair(self.export.clone())?;
+            let Pair { socket, terms, session, line } = pair;
+            let mut lines = locked(lines);
+            lines.retain(Line::is_open);
+            lines.push(line);
             links.sockets.push(socket);
             (links.size, links.flags) = (self.export.device.info().size, terms.flags);
             // A session that panicked has ended too.
@@ -159,11 +206,13 @@ struct Keeper {
     service: Service,
     index: u32,
     setup: Setup,
+    lines: Lines,
+    orders: watch::Receiver<Orders>,
     _alive: watch::Receiver<()>,
 }
 
 impl Keeper {
-    async fn keep(self, mut sessions: JoinSet<()>) {
+    async fn keep(mut self, mut sessions: JoinSet<()>) {
         let mut pause = PAUSE;
         let mut connected = Instant::now();
         while sessions.join_next().await.is_some() {
@@ -173,13 +222,19 @@ impl Keeper {
             loop {
                 sleep(pause).await;
                 pause = (pause * 2).min(LONG_PAUSE);
+                // Without anybody who gives orders the last ones stand.
+                let _ = self.orders.wait_for(|orders| *orders != Orders::Wait).await;
+                if *self.orders.borrow() == Orders::End {
+                    while sessions.join_next().await.is_some() {}
+                    return;
+                }
                 match self.reconnect().await {
                     Ok(session) => {
                         sessions.spawn(session);
                         break;
                     }
                     Err(error) if error.kind() == Kind::NotFound => {
-                        // Detached. The kernel lets go of all of its connections.
+                        // Detached by somebody else. The kernel lets go of all of its connections.
                         while sessions.join_next().await.is_some() {}
                         return;
                     }
@@ -195,7 +250,7 @@ impl Keeper {
 
     /// One more connection; what ends with its session.
     async fn reconnect(&self) -> Result<impl Future<Output = ()> + use<>> {
-        let (links, mut sessions) = self.service.connect(1)?;
+        let (links, mut sessions) = self.service.connect(1, &self.lines)?;
         let (index, what) = (self.index, self.setup.clone());
         command(move |client| client.reconnect(index, &what, links)).await?;
         Ok(async move { while sessions.join_next().await.is_some() {} })
@@ -212,6 +267,10 @@ async fn command<T: Send + 'static>(
         Error::new(Kind::Unavailable, what)
     };
     timeout(COMMAND, given).await.map_err(|_| late())?.map_err(|_| stopped())?
+}
+
+fn locked(lines: &Lines) -> MutexGuard<'_, Vec<Line>> {
+    lines.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 fn stopped() -> Error {

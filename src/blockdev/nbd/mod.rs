@@ -13,6 +13,6 @@ pub mod task;
 pub mod wire;
 
 pub use handshake::{Ending, Handshake, Negotiated, Offer, Step};
-pub use server::{Exports, Pair, Server};
+pub use server::{Exports, Line, Pair, Server};
 pub use task::{Refusal, Task, Terms};
 pub use wire::Request;

@@ -90,6 +90,26 @@ pub struct Pair {
     pub terms: Terms,
     /// Ends after the session's last request has.
     pub session: JoinHandle<()>,
+    /// Ends the connection from this side.
+    pub line: Line,
+}
+
+/// A handle on a connection that does not keep it.
+pub struct Line(Weak<Session>);
+
+impl Line {
+    /// Whether the connection has not ended.
+    pub fn is_open(&self) -> bool {
+        self.0.strong_count() > 0
+    }
+
+    /// Ends the connection at once: whoever waits to send or to receive by it waits no more.
+    pub fn cut(&self) {
+        if let Some(session) = self.0.upgrade() {
+            // One that has ended by itself is what is wanted.
+            let _: nix::Result<()> = shutdown(session.socket.as_raw_fd(), Shutdown::Both);
+        }
+    }
 }
 
 impl Server {
@@ -140,11 +160,12 @@ impl Server {
         if *self.stop.borrow() {
             return Err(Error::new(Kind::Unavailable, "the daemon is stopping"));
         }
+        let line = Line(Arc::downgrade(&session));
         let session = tokio::spawn(async move {
             shared.transmit(session, terms, Vec::new()).await;
             drop(slot);
         });
-        Ok(Pair { socket, terms, session })
+        Ok(Pair { socket, terms, session, line })
     }
 
     /// Takes no more connections and no more requests, waits until what is under way is answered,

@@ -16,7 +16,7 @@ use std::{
 
 use tokio::{
     sync::{oneshot, watch},
-    task::spawn_blocking,
+    task::{JoinHandle, spawn_blocking},
     time::timeout,
 };
 
@@ -141,7 +141,6 @@ impl BlockDevice {
         id: u32,
         mark: u64,
     ) -> Result<BlockDevice> {
-        let size = export.device.info().size;
         let info = command(move |control| {
             let deadline = Instant::now() + ORPHAN;
             loop {
@@ -165,8 +164,9 @@ impl BlockDevice {
         block.start_queues(rings, info).await?;
         block.control(|control, id| control.end_recovery(id)).await?;
         // It may have grown just before the former server went.
-        if let Err(error) = block.resize(size).await {
-            tracing::warn!(device = %block.path(), %error, "it is served, at its old size");
+        if let Err(error) = block.resize(block.export.device.info().size).await {
+            tracing::warn!(device = %block.path(), %error, "it is served, at its old size; \
+                `underlay replica resize` to its size of now tells the kernel again");
         }
         Ok(block)
     }
@@ -254,7 +254,10 @@ impl BlockDevice {
             let result = match careful {
                 true => self.control(|control, id| control.stop(id, Stop::Unused)).await,
                 // No mount, no volume manager: the best that older kernels tell.
-                false => exclusive(&path),
+                false => {
+                    let path = path.clone();
+                    in_time(spawn_blocking(move || exclusive(&path))).await
+                }
             };
             result.map_err(|error| match error.kind() {
                 Kind::InUse => Error::new(
@@ -319,7 +322,7 @@ impl BlockDevice {
             begins.push(begin);
         }
         for begin in begins {
-            // A ring that is gone takes the daemon with it.
+            // A ring that fails takes the daemon with it.
             let _ = begin.send(());
         }
         Ok(())
@@ -400,12 +403,15 @@ pub fn can_zero_copy(features: u64) -> bool {
 async fn command<T: Send + 'static>(
     give: impl FnOnce(&mut Control) -> Result<T> + Send + 'static,
 ) -> Result<T> {
-    let given = spawn_blocking(move || give(&mut Control::open()?));
+    in_time(spawn_blocking(move || give(&mut Control::open()?))).await
+}
+
+async fn in_time<T>(work: JoinHandle<Result<T>>) -> Result<T> {
     let late = || {
         let what = "the ublk driver does not come to an end; does a disk hang?";
         Error::new(Kind::Unavailable, what)
     };
-    timeout(COMMAND, given).await.map_err(|_| late())?.map_err(|_| stopped())?
+    timeout(COMMAND, work).await.map_err(|_| late())?.map_err(|_| stopped())?
 }
 
 /// Opens the node by which requests come, which may be about to appear, or to be given to this user.

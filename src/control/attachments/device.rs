@@ -15,7 +15,7 @@ use crate::{
         nbd::Server,
         ublk::{self, BlockDevice, Mode, Options, Stop, device::Found},
     },
-    catalog::{Attachment, Via},
+    catalog::{Attachment, Target, Via},
     control::service::blocking,
     error::{Error, Kind, Result},
     io::Rings,
@@ -183,6 +183,11 @@ pub fn check(record: &Attachment) -> Result<()> {
             let what = "--via nbd has no --copy, --scan or --depth: it always copies, the module \
                         nbd says whether partitions are looked for, and each connection has 128 \
                         requests";
+            Err(Error::new(Kind::Invalid, what))
+        }
+        Via::Nbd if record.queues > 1 && matches!(record.target, Target::Replica(_)) => {
+            let what = "--via nbd: a replica has one connection (--queues 1): with more, the kernel \
+                        may send a slow write twice, and undo a newer one";
             Err(Error::new(Kind::Invalid, what))
         }
         Via::Nbd if !(1..=nbd::MAX_CONNECTIONS).contains(&record.queues.into()) => {

@@ -53,23 +53,35 @@ pub fn run(guest: &mut Guest) -> Result<()> {
         device.detach(&daemon)?;
         Ok(format!("{} MiB", all.len() >> 20))
     })?;
-    for connections in [1, 4] {
-        let what = format!("kill -9 and restart under fio --verify, {connections} connection(s)");
-        guest.check(&format!("{what}: no error, nothing lost"), |guest| {
-            let kills = if connections == 1 { KILLS } else { 1 };
-            let device = Device::attach(&daemon, "replica/fio", connections)?;
-            let mut load = fio(&device, guest.dir(), 4 * kills + 4)?;
-            for _ in 0..kills {
-                thread::sleep(Duration::from_secs(2));
-                daemon.kill()?;
-                daemon.restart()?;
-            }
-            let code = load.wait(LIMIT)?;
-            ensure!(code == 0, "fio ended with {code}: {}", load.said());
-            device.detach(&daemon)?;
-            Ok(format!("{kills} kills"))
-        })?;
-    }
+    guest.check("kill -9 and restart under fio --verify: no error, nothing lost", |guest| {
+        let device = Device::attach(&daemon, "replica/fio", 1)?;
+        let mut load = fio(&device, guest.dir(), 4 * KILLS + 4)?;
+        for _ in 0..KILLS {
+            thread::sleep(Duration::from_secs(2));
+            daemon.kill()?;
+            daemon.restart()?;
+        }
+        let code = load.wait(LIMIT)?;
+        ensure!(code == 0, "fio ended with {code}: {}", load.said());
+        device.detach(&daemon)?;
+        Ok(format!("{KILLS} kills"))
+    })?;
+    guest.check("an image by four connections, through a kill", |guest| {
+        let device = Device::attach(&daemon, "image/base", 4)?;
+        let log = guest.dir().join("fio.log");
+        let mut load = tool("fio", ["--name=r", "--direct=1", "--ioengine=libaio", "--iodepth=8"])
+            .args(["--rw=randread", "--bs=4k", "--time_based", "--runtime=6", "--readonly"])
+            .args([format!("--filename={}", device.path().display())])
+            .background(&log)?;
+        thread::sleep(Duration::from_secs(2));
+        daemon.kill()?;
+        daemon.restart()?;
+        let code = load.wait(LIMIT)?;
+        ensure!(code == 0, "fio ended with {code}: {}", load.said());
+        ensure!(fs::read(device.path())? == fs::read(&raw)?, "it reads as something else");
+        device.detach(&daemon)?;
+        Ok(String::new())
+    })?;
     guest.check("ext4 lives through kills and orderly restarts, fsck clean", |guest| {
         guest.need(&["mkfs.ext4", "e2fsck"])?;
         let device = Device::attach(&daemon, "replica/ext4", 1)?;
@@ -137,10 +149,30 @@ pub fn run(guest: &mut Guest) -> Result<()> {
             Ok(String::new())
         },
     )?;
+    guest.check("by force it is detached from under its user, and attached again", |_| {
+        let device = Device::attach(&daemon, "replica/fio", 1)?;
+        let open = File::open(device.path())?;
+        daemon.refused(&["detach", "replica/fio"], &["is open", "--force"])?;
+        daemon.ok(&["detach", "replica/fio", "--force"])?;
+        let read = open.read_at(&mut [0; 4096], 48 << 20);
+        ensure!(!matches!(read, Ok(1..)), "{read:?} could be read");
+        drop(open);
+        let again = Device::attach(&daemon, "replica/fio", 1)?;
+        File::open(again.path())?.read_exact(&mut [0; 4096])?;
+        again.detach(&daemon)?;
+        Ok(String::new())
+    })?;
     guest.check("what it can't do is refused", |_| {
-        daemon.refused(&["attach", "replica/fio", "--via", "nbd", "--copy"], &["--via nbd"])?;
-        daemon
-            .refused(&["attach", "replica/fio", "--via", "nbd", "--queues", "17"], &["1 to 16"])?;
+        let refused = |export: &str, more: &[&str], words: &[&str]| {
+            let args = [&["attach", export, "--via", "nbd"], more].concat();
+            let outcome = daemon.ask(&args)?;
+            let told = words.iter().all(|word| outcome.said().contains(word));
+            ensure!(outcome.code == 1 && told, "{args:?}: {}", outcome.said());
+            Ok(())
+        };
+        refused("replica/fio", &["--copy"], &["--via nbd"])?;
+        refused("image/base", &["--queues", "17"], &["1 to 16"])?;
+        refused("replica/fio", &["--queues", "2"], &["--queues 1"])?;
         Ok(String::new())
     })?;
     daemon.healthy()?;

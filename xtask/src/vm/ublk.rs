@@ -101,6 +101,12 @@ pub fn run(guest: &mut Guest) -> Result<()> {
         let open = File::open(VM)?;
         daemon.refused(&["detach", "replica/vm"], &["is open", "--force"])?;
         drop(open);
+        let open = File::open(VM)?;
+        daemon.ok(&["detach", "replica/vm", "--force"])?;
+        let read = open.read_at(&mut [0; 4096], 32 << 20);
+        ensure!(!matches!(read, Ok(1..)), "{read:?} could be read after a forced detach");
+        drop(open);
+        attach(&daemon, "replica/vm", &[], true)?;
         daemon.refused(&["replica", "rm", "vm"], &["replica vm", "/dev/ublkb"])?;
         daemon.refused(&["image", "rm", "base"], &["image base"])?;
         // Once more is no error, and changes nothing.
