@@ -26,7 +26,7 @@ pub struct Options {
     /// How long each load is measured, in seconds; 4 for nbd, 0.5 for ublk otherwise
     #[arg(long, value_parser = seconds)]
     seconds: Option<f64>,
-    /// Only loads whose name contains this
+    /// Only loads whose name contains this; of ublk also "counts"
     #[arg(long, default_value = "")]
     only: String,
     /// Prints one JSON document instead of tables

@@ -9,7 +9,7 @@ pub enum Lane {
     BaseCached,
     /// A ublk replica that lasts a round: nothing written at its start, its image cached.
     Replica,
-    /// dm-snapshot that lasts a round, on `LoopCached`; its exceptions are in memory only.
+    /// dm-snapshot that lasts a round, on a device like `LoopCached`; its exceptions are in memory only.
     SnapshotN,
     /// The same with its exceptions on disk, as an overlay's map is.
     SnapshotP,

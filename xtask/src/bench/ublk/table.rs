@@ -73,7 +73,10 @@ fn outcomes(findings: &Findings) -> Vec<Outcome> {
 /// Sum of those of `counts` that `which` picks, per request.
 fn sum(counts: &Value, which: impl Fn(&str) -> bool) -> f64 {
     let counts = counts.as_object().into_iter().flatten();
-    counts.filter(|(name, _)| which(name)).filter_map(|(_, count)| count.as_f64()).sum()
+    counts
+        .filter(|(name, _)| which(name))
+        .filter_map(|(_, count)| count.as_f64())
+        .fold(0.0, |sum, one| sum + one)
 }
 
 /// The counts of one kind in words, the most frequent first.

@@ -60,6 +60,9 @@ pub struct Stage {
     dir: PathBuf,
     overlays: PathBuf,
     image: PathBuf,
+    /// What is beneath snapshots: a loop device of their own, or what they read would be counted as
+    /// read from `LoopCached`.
+    origin: PathBuf,
     copies: [PathBuf; 2],
     lasting: Vec<Subject>,
 }
@@ -83,8 +86,10 @@ impl Stage {
         let cached = daemon("cached", "image_io = \"cached\"\noverlay_io = \"direct\"\n")?;
         let direct = daemon("direct", "image_io = \"direct\"\noverlay_io = \"direct\"\n")?;
         fs::remove_file(&raw)?;
+        let image = data(&a.join("cached"))?;
         let mut stage = Stage {
-            image: data(&a.join("cached"))?,
+            origin: attach_loop(&image, &["-r", "--direct-io=off"])?,
+            image,
             daemon: cached,
             direct,
             dir: guest.dir().to_path_buf(),
@@ -190,6 +195,7 @@ impl Stage {
     pub fn close(mut self) -> Result<()> {
         let lasting = std::mem::take(&mut self.lasting);
         lasting.into_iter().try_for_each(|subject| self.remove(subject))?;
+        tool("losetup", ["-d"]).args([&self.origin]).run()?;
         for daemon in [&mut self.daemon, &mut self.direct] {
             daemon.healthy()?;
             daemon.stop()?;
@@ -231,8 +237,7 @@ impl Stage {
     }
 
     fn looped(&self, lane: Lane, file: &Path, how: &[&str]) -> Result<Subject> {
-        let device = tool("losetup", ["--find", "--show"]).args(how).args([file]).out()?;
-        let device = PathBuf::from(device.trim());
+        let device = attach_loop(file, how)?;
         Ok(Subject { lane, device, server: None, behind: Behind::Loop })
     }
 
@@ -278,14 +283,18 @@ impl Stage {
         // What an earlier round left would be taken for a snapshot's state.
         File::options().write(true).open(copies)?.write_all_at(&[0; 4096], 0)?;
         let how = if lane == Lane::SnapshotP { "P" } else { "N" };
-        let origin = &self.find(Lane::LoopCached)?.device;
-        let (origin, copies) = (origin.display(), copies.display());
+        let (origin, copies) = (self.origin.display(), copies.display());
         let table = format!("0 {} snapshot {origin} {copies} {how} 8\n", SIZE / 512);
         tool("dmsetup", ["create", "--noudevsync", name]).input(table).run()?;
         tool("dmsetup", ["mknodes", name]).run()?;
         let device = Path::new("/dev/mapper").join(name);
         Ok(Subject { lane, device, server: None, behind: Behind::Mapped(name) })
     }
+}
+
+fn attach_loop(file: &Path, how: &[&str]) -> Result<PathBuf> {
+    let device = tool("losetup", ["--find", "--show"]).args(how).args([file]).out()?;
+    Ok(PathBuf::from(device.trim()))
 }
 
 /// Connects the kernel's NBD client to an export, the same way whoever serves it; the device's node.
