@@ -183,21 +183,23 @@ fn load_table(findings: &Findings, number: usize) -> String {
 
 fn counts_table(findings: &Findings) -> String {
     let mut text = "\n### What a request costs its server\n\n\
-         Per request: system calls, ring operations, and of both those that move its bytes through \
-         the server's memory.\n\n\
-         | | load | system calls | by name | ring operations | by opcode | moves |\n\
-         |---|---|---:|---|---:|---|---:|\n"
+         Per request: system calls, ring operations; operations that the ring handed to a worker \
+         thread, since they would have waited; calls and operations that move its bytes through the \
+         server's memory.\n\n\
+         | | load | system calls | by name | ring operations | by opcode | handed | moves |\n\
+         |---|---|---:|---|---:|---|---:|---:|\n"
         .to_string();
     for counts in &findings.counts {
         let word = |key: &str| counts[key].as_str().unwrap_or_default().to_string();
         text += &format!(
-            "| {} | {} | {:.2} | {} | {:.2} | {} | {:.2} |\n",
+            "| {} | {} | {:.2} | {} | {:.2} | {} | {:.2} | {:.2} |\n",
             word("what"),
             word("load"),
             sum(&counts["calls"], |_| true),
             words(&counts["calls"]),
             sum(&counts["operations"], |_| true),
             words(&counts["operations"]),
+            sum(&counts["handed"], |_| true),
             moves(counts),
         );
     }

@@ -1,8 +1,9 @@
 //! What a request costs the server: its system calls and its ring's operations, counted by the kernel.
 //!
-//! Two histograms of tracefs count while a fixed number of requests is served: system calls by name
-//! (what `strace -c -f` tells, without its slowing everything down), and operations given to rings by
-//! opcode. Only the server's own threads count.
+//! Histograms of tracefs count while a fixed number of requests is served: system calls by name (what
+//! `strace -c -f` tells, without its slowing everything down), operations given to rings by opcode, and
+//! those that a ring hands to a worker thread, because they would have to wait. Only the server's own
+//! threads count.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
@@ -21,8 +22,9 @@ const TRACING: &str = "/sys/kernel/tracing";
 /// What is counted: the event, and by what.
 const CALLS: (&str, &str) = ("raw_syscalls/sys_enter", "id.syscall");
 const OPERATIONS: (&str, &str) = ("io_uring/io_uring_submit_req", "op_str");
+const HANDED: (&str, &str) = ("io_uring/io_uring_queue_async_work", "op_str");
 /// Requests of a load.
-const REQUESTS: u64 = 1000;
+const REQUESTS: u64 = 500;
 /// Whose: every way of ours, and for comparison one of qemu-nbd's.
 const LANES: [Lane; 8] = [
     Lane::BaseCached,
@@ -95,14 +97,14 @@ fn count(subject: &Subject, name: &str, load: &Load, more: &[&str]) -> Result<Va
         .args(more);
     let mut threads = threads(server)?;
     let before = device_stat(&subject.device)?;
-    let counters = [Counter::start(CALLS)?, Counter::start(OPERATIONS)?];
+    let counters = [Counter::start(CALLS)?, Counter::start(OPERATIONS)?, Counter::start(HANDED)?];
     fio.run()?;
     let after = device_stat(&subject.device)?;
     threads.extend(self::threads(server)?);
     let served: u64 = [0, 4].into_iter().map(|field| after[field] - before[field]).sum();
     let flushes = after[15] - before[15];
     ensure!(served >= requests / 2, "{name}: {served} requests served, not {requests}");
-    let [calls, operations] = counters.map(|counter| counter.stop(&threads));
+    let [calls, operations, handed] = counters.map(|counter| counter.stop(&threads));
     let each = |counts: BTreeMap<String, u64>| -> BTreeMap<String, f64> {
         counts.into_iter().map(|(name, count)| (name, count as f64 / served as f64)).collect()
     };
@@ -113,6 +115,7 @@ fn count(subject: &Subject, name: &str, load: &Load, more: &[&str]) -> Result<Va
         "flushes": flushes,
         "calls": each(calls?),
         "operations": each(operations?),
+        "handed": each(handed?),
     }}))
 }
 
