@@ -26,7 +26,7 @@ const HANDED: (&str, &str) = ("io_uring/io_uring_queue_async_work", "op_str");
 /// Requests of a load.
 const REQUESTS: u64 = 500;
 /// Whose: every way of ours, and for comparison one of qemu-nbd's.
-const LANES: [Lane; 8] = [
+const LANES: [Lane; 7] = [
     Lane::BaseCached,
     Lane::BaseDirect,
     Lane::Replica,
@@ -34,7 +34,6 @@ const LANES: [Lane; 8] = [
     Lane::NbdBase,
     Lane::NbdReplica,
     Lane::QemuCached,
-    Lane::QemuOverlay,
 ];
 
 /// Counts what requests cost.
