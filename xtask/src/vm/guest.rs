@@ -6,6 +6,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
 use anyhow::{Context, Result, anyhow, bail};
+use serde_json::Value;
 
 use super::wire::{Event, Speaker, State};
 use super::{Disk, Test};
@@ -85,6 +86,18 @@ impl Guest {
     /// A line for the ledger: the host has it when this returns, and gives it to the next boot.
     pub fn tell(&self, line: &str) -> Result<()> {
         self.say(&Event::Ledger(line.to_string()))
+    }
+
+    /// Gives the host something that was measured.
+    pub fn figure(&self, value: Value) -> Result<()> {
+        self.say(&Event::Figure(value))
+    }
+
+    /// What the kernel's command line says of `key`.
+    pub fn word(&self, key: &str) -> Option<String> {
+        let line = fs::read_to_string("/proc/cmdline").ok()?;
+        let mut words = line.split_whitespace();
+        words.find_map(|word| Some(word.strip_prefix(key)?.strip_prefix('=')?.to_string()))
     }
 
     /// What was told in earlier boots.

@@ -19,7 +19,7 @@ use nix::sys::reboot::{RebootMode, reboot};
 
 use super::guest::Guest;
 use super::wire::{Event, Speaker, State};
-use super::{TESTS, Test};
+use super::{BENCH, TESTS, Test};
 use crate::place;
 use crate::tool::{NO_ARGS, tool};
 
@@ -36,7 +36,7 @@ pub fn run() -> Result<()> {
     };
     let number = |key: &str, default| word(key).and_then(|n| n.parse().ok()).unwrap_or(default);
     for name in word("underlay.tests").unwrap_or_default().split(',') {
-        let Some(test) = TESTS.iter().find(|test| test.name == name) else {
+        let Some(test) = TESTS.iter().chain([&BENCH]).find(|test| test.name == name) else {
             return Err(anyhow!("no test is called {name:?}"));
         };
         say(&speaker, &Event::Begin(name.to_string()))?;

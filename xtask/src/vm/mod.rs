@@ -24,6 +24,7 @@
 //! disks, until `guest.last`. What it must remember it tells the host (`guest.tell`), and is told
 //! again (`guest.told`).
 
+mod bench;
 mod guest;
 mod initramfs;
 mod inside;
@@ -48,7 +49,7 @@ use std::time::Duration;
 use anyhow::Result;
 
 pub use inside::run as inside;
-pub use run::{Options, run};
+pub use run::{Options, figures, run};
 
 use self::guest::Guest;
 use self::machine::Cache;
@@ -91,6 +92,22 @@ pub enum Boots {
 
 /// A gibibyte.
 const GIB: u64 = 1 << 30;
+
+/// No test but the guest's side of `cargo xtask bench ublk`, which measures.
+pub const BENCH: Test = Test {
+    name: "bench",
+    about: "kernel block devices side by side",
+    disks: &[
+        Disk { name: "a", size: 2 * GIB, fs: Fs::Ext4 },
+        Disk { name: "b", size: 3 * GIB, fs: Fs::Ext4 },
+        Disk { name: "c", size: GIB / 2, fs: Fs::Ext4 },
+        Disk { name: "d", size: GIB / 2, fs: Fs::Ext4 },
+    ],
+    // As many rounds as one may ask for; what hangs has a limit of its own.
+    limit: Duration::from_secs(6 * 3600),
+    boots: Boots::Shared,
+    run: bench::run,
+};
 
 /// Every test there is, in the order in which they run.
 pub const TESTS: &[Test] = &[

@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow, bail};
 use fastrand::Rng;
+use serde_json::Value;
 
 use super::guest::LEDGER;
 use super::initramfs;
@@ -30,6 +31,8 @@ const STARTS: u32 = 3;
 const OFF: Duration = Duration::from_secs(30);
 /// How long a test works between its word and the cut, in milliseconds.
 const LIFE: std::ops::Range<u64> = 500..4000;
+/// What the host must have.
+const NEEDED: [&str; 5] = ["qemu-system-x86_64", "nbdkit", "cpio", "xz", "ldd"];
 /// How long a build of the program may take.
 const BUILD: Duration = Duration::from_secs(30 * 60);
 
@@ -79,14 +82,11 @@ impl Options {
 
     /// Builds the program to be tested: the rig runs by itself, without `cargo test` before it.
     pub fn build(&self) -> Result<()> {
-        let cargo = std::env::var("CARGO").unwrap_or_else(|_| "cargo".into());
-        let profile: &[&str] = if self.release { &["--release"] } else { &[] };
-        let build = tool(cargo, ["build", "--quiet", "--bin", "underlay"]).args(profile);
-        build.within(&place::root()).limit(BUILD).run()
+        build(self.profile())
     }
 
-    fn program(&self) -> PathBuf {
-        if self.release { Profile::Release.underlay() } else { Profile::Debug.underlay() }
+    fn profile(&self) -> Profile {
+        if self.release { Profile::Release } else { Profile::Debug }
     }
 
     fn chosen(&self) -> Result<Vec<&'static Test>> {
@@ -101,21 +101,38 @@ impl Options {
     }
 }
 
+fn build(profile: Profile) -> Result<()> {
+    let cargo = std::env::var("CARGO").unwrap_or_else(|_| "cargo".into());
+    let words: &[&str] = if profile == Profile::Release { &["--release"] } else { &[] };
+    let build = tool(cargo, ["build", "--quiet", "--bin", "underlay"]);
+    build.args(words).within(&place::root()).limit(BUILD).run()
+}
+
+/// Runs a test that measures, in a boot of its own, on the release build. `words` go onto its
+/// kernel's command line. Returns what it measured.
+pub fn figures(lab: &Lab, test: &'static Test, words: &str) -> Result<Vec<Value>> {
+    setup::need(&NEEDED)?;
+    build(Profile::Release)?;
+    let mut report = Report::default();
+    let mut rig = Rig::new(lab, Profile::Release, &mut report)?;
+    rig.words = format!(" {words}");
+    let (mut tests, mut progress) = (VecDeque::from([test]), Progress::default());
+    rig.once(&mut tests, &Options::everything(), &mut progress)?;
+    if progress.spoilt {
+        bail!("not all of it was measured");
+    }
+    Ok(progress.figures)
+}
+
 /// Runs the rig.
 pub fn run(lab: &Lab, options: &Options, report: &mut Report) {
-    let needed = setup::need(&["qemu-system-x86_64", "nbdkit", "cpio", "xz", "ldd"]);
-    let kernel = match needed.and_then(|()| image::kernel()) {
-        Ok(kernel) => kernel,
-        Err(error) => return report.skip("vm", &format!("{error:#}")),
-    };
+    // Where there is none to be had, nothing can be told.
+    if let Err(error) = setup::need(&NEEDED).and_then(|()| image::kernel()) {
+        return report.skip("vm", &format!("{error:#}"));
+    }
     let started = Instant::now();
-    let rig = options.chosen().and_then(|tests| {
-        let dir = lab.dir("vm")?;
-        let initrd = initramfs::build(&dir, &kernel, &options.program())?;
-        let mib = fs::metadata(&initrd)?.len() >> 20;
-        note(&format!("vm: initramfs of {mib} MiB in {:.1} s", started.elapsed().as_secs_f64()));
-        Ok((Rig { lab, dir, kernel, initrd, report: &mut *report, boots: 0 }, tests))
-    });
+    let tests = options.chosen();
+    let rig = tests.and_then(|tests| Ok((Rig::new(lab, options.profile(), &mut *report)?, tests)));
     match rig {
         Ok((mut rig, tests)) => rig.all(&tests, options),
         Err(error) => report.broken("vm", &error),
@@ -130,6 +147,8 @@ struct Rig<'a> {
     initrd: PathBuf,
     report: &'a mut Report,
     boots: u64,
+    /// More words for the kernel's command line.
+    words: String,
 }
 
 /// How one run of the guest ended, as far as the host listened.
@@ -146,11 +165,22 @@ struct Progress {
     /// The test that runs now, and since when.
     current: Option<(String, Instant)>,
     ledger: String,
+    /// What was measured.
+    figures: Vec<Value>,
     /// A test has failed, and the guest switches itself off.
     spoilt: bool,
 }
 
-impl Rig<'_> {
+impl<'a> Rig<'a> {
+    fn new(lab: &'a Lab, profile: Profile, report: &'a mut Report) -> Result<Rig<'a>> {
+        let (started, kernel) = (Instant::now(), image::kernel()?);
+        let dir = lab.dir("vm")?;
+        let initrd = initramfs::build(&dir, &kernel, &profile.underlay())?;
+        let mib = fs::metadata(&initrd)?.len() >> 20;
+        note(&format!("vm: initramfs of {mib} MiB in {:.1} s", started.elapsed().as_secs_f64()));
+        Ok(Rig { lab, dir, kernel, initrd, report, boots: 0, words: String::new() })
+    }
+
     fn all(&mut self, tests: &[&'static Test], options: &Options) {
         let shared = tests.iter().copied().filter(|test| test.boots == Boots::Shared);
         self.shared(shared.collect(), options);
@@ -201,6 +231,7 @@ impl Rig<'_> {
         let overclaim = u8::from(options.overclaim);
         let words =
             format!("underlay.tests={names} underlay.seed={seed} underlay.overclaim={overclaim}");
+        let words = words + &self.words;
         let mut machine = self.boot(&drives, &words)?;
         match self.listen(&mut machine, tests, progress) {
             Ok(_) => machine.off(OFF),
@@ -332,6 +363,10 @@ impl Rig<'_> {
             Event::Ledger(line) => {
                 progress.ledger.push_str(&line);
                 progress.ledger.push('\n');
+            }
+            Event::Figure(value) => {
+                note(&format!("vm: {value}"));
+                progress.figures.push(value);
             }
             Event::End(name) => {
                 if let Some((_, since)) = progress.current.take() {

@@ -36,6 +36,8 @@ pub enum Event {
     },
     /// The test wants this kept outside of the guest; see `Guest::tell`.
     Ledger(String),
+    /// Something was measured; see `Guest::figure`.
+    Figure(Value),
     /// The power may be cut.
     Ready,
     /// A test has failed: nothing else runs in this guest, and it switches itself off.
@@ -71,6 +73,7 @@ impl Event {
                 json!({"name": name, "state": state, "detail": detail, "seconds": seconds})
             }
             Event::Ledger(line) => json!({"ledger": line}),
+            Event::Figure(value) => json!({"figure": value}),
             Event::Ready => json!({"ready": true}),
             Event::Spoilt => json!({"spoilt": true}),
             Event::End(test) => json!({"end": test}),
@@ -105,6 +108,7 @@ impl Event {
             ("up", value) => Ok(Event::Up(value.as_f64().ok_or_else(foreign)?)),
             ("begin", _) => Ok(Event::Begin(word()?)),
             ("ledger", _) => Ok(Event::Ledger(word()?)),
+            ("figure", value) => Ok(Event::Figure(value.clone())),
             ("end", _) => Ok(Event::End(word()?)),
             ("ready", Value::Bool(true)) => Ok(Event::Ready),
             ("spoilt", Value::Bool(true)) => Ok(Event::Spoilt),
@@ -188,6 +192,7 @@ mod tests {
             Event::Begin("smoke".into()),
             check,
             Event::Ledger("w 1 2 3".into()),
+            Event::Figure(json!({"name": "x", "per_second": 0.5})),
             Event::Ready,
             Event::Spoilt,
             Event::End("smoke".into()),
@@ -199,9 +204,9 @@ mod tests {
         let all: String = events.iter().map(Event::line).collect();
         let (head, tail) = all.split_at(all.len() - 4);
         fs::write(&file, head).unwrap();
-        assert_eq!(listener.events().unwrap(), events[..7]);
+        assert_eq!(listener.events().unwrap(), events[..8]);
         File::options().append(true).open(&file).unwrap().write_all(tail.as_bytes()).unwrap();
-        assert_eq!(listener.events().unwrap(), events[7..]);
+        assert_eq!(listener.events().unwrap(), events[8..]);
         fs::write(&file, format!("{all}nonsense\n")).unwrap();
         assert!(listener.events().is_err());
         fs::remove_file(&file).unwrap();

@@ -2,7 +2,8 @@
 
 use serde_json::{Value, json};
 
-use super::{LANES, LOADS, Lane, Options, Way, Who};
+use super::{LANES, LOADS, Lane, Way, Who};
+use crate::bench::{Options, median};
 
 /// Ratios to qemu-nbd that are asked for, direct against direct: (load, at least).
 const MARKS: [(&str, f64); 2] =
@@ -52,12 +53,6 @@ impl Row {
     }
 }
 
-fn median(mut all: Vec<f64>) -> f64 {
-    all.sort_by(f64::total_cmp);
-    let middle = all.len() / 2;
-    if all.len() % 2 == 1 { all[middle] } else { (all[middle - 1] + all[middle]) / 2.0 }
-}
-
 fn label((way, who): Lane) -> String {
     let who = match who {
         Who::Raw => "raw file, io_uring",
@@ -89,7 +84,8 @@ pub fn as_markdown(machine: &str, options: &Options, rows: &[Row]) -> String {
     let mut text = format!(
         "{machine}; {} rounds of {} s, medians; writes of qemu-nbd go to a qcow2 overlay, of the raw \
          file and nbdkit to a sparse file\n",
-        options.rounds, options.seconds
+        options.rounds,
+        options.seconds()
     );
     let ratio = |ratio: Option<f64>| ratio.map_or("".into(), |ratio| format!("{ratio:.2}"));
     for (number, load) in LOADS.iter().enumerate() {
@@ -142,7 +138,7 @@ pub fn as_json(machine: &str, options: &Options, rows: &[Row]) -> Value {
     json!({
         "machine": machine,
         "rounds": options.rounds,
-        "seconds": options.seconds,
+        "seconds": options.seconds(),
         "rows": table.collect::<Vec<_>>(),
         "marks": marks.collect::<Vec<_>>(),
     })
