@@ -1,9 +1,13 @@
 //! Invariants checked: what was acknowledged and not flushed is there for the next process that finds
-//! the tail; a tail that another session has overtaken is not replayed, whatever that one wrote.
+//! the tail, however much came at once; a tail that another session has overtaken is not replayed,
+//! whatever that one wrote.
 
 use std::sync::{Arc, atomic::AtomicU64};
 
-use underlay::cow::tail::{BYTES, Place};
+use underlay::cow::{
+    Provision,
+    tail::{BYTES, Place},
+};
 
 use super::*;
 
@@ -50,4 +54,29 @@ fn a_tail_that_was_overtaken_in_place_is_not_replayed() {
     drop(other);
     let next = open(&disk, Some(tail));
     assert_eq!(disk.read(&next, 3 * BLOCK, 4096).unwrap(), [2; 4096]);
+}
+
+#[test]
+fn however_much_is_zeroed_at_once_the_tail_holds_it() {
+    const PAGE: u64 = format::BLOCKS_PER_PAGE * BLOCK;
+    const PAGES: u64 = 20;
+    let mut disk = Disk::new(PAGES * PAGE, format::RECORDS);
+    disk.base.size = PAGES * PAGE;
+    let tail = place();
+    let overlay = open(&disk, Some(tail.clone()));
+    // Each is more than 4,000 runs, all are more than the tail has room for. They begin within a
+    // block, which takes time: all have begun before the first gets on.
+    let zero = |page| {
+        let (from, len) = (page * PAGE + 512, PAGE - 512);
+        overlay.write_zeroes(&disk.sim, &disk.base, from, len, Provision::Release)
+    };
+    for zeroed in disk.run(futures_util::future::join_all((0..PAGES).map(zero))) {
+        zeroed.unwrap();
+    }
+    drop(overlay);
+    let next = open(&disk, Some(tail));
+    for at in (0..PAGES).flat_map(|page| [page * PAGE + 512, (page + 1) * PAGE - 512]) {
+        assert!(disk.read(&next, at, 512).unwrap() == [0; 512], "at {at}");
+    }
+    assert_eq!(disk.read(&next, 0, 1).unwrap(), [disk.base.byte(0)]);
 }
