@@ -53,7 +53,7 @@ const STATE_SHIFT: u32 = 62;
 const LEN: u64 = (1 << STATE_SHIFT) - 1;
 
 /// Bytes of a tail's memory: room for all the changes that may be pending or on their way to the map
-/// (see [`changes`](super::changes)), and for as many again from requests under way.
+/// (see `changes.rs`), and for as many again from requests under way.
 pub const BYTES: usize = 1 << 20;
 
 /// No number of a run gets there.

@@ -259,6 +259,16 @@ impl Model {
         Ok(())
     }
 
+    /// Takes what is found for what there is.
+    pub(super) fn take(&mut self, offset: u64, bytes: &[u8]) {
+        for (number, piece) in sectors(offset..offset + bytes.len() as u64).zip(bytes.chunks(BYTES))
+        {
+            if let Ok(content) = piece.try_into() {
+                self.observe(number, Rc::new(content));
+            }
+        }
+    }
+
     /// A failed sync took pages from the cache: a write of less than a sector may have met any
     /// older content of it.
     pub(super) fn lost_pages(&mut self) {

@@ -302,13 +302,15 @@ impl Node {
     pub(super) fn kill(&mut self) -> Result<(), String> {
         self.sim.kill();
         let sound = self.sim.failed_syncs() == self.failed_syncs;
-        let mut kept = false;
+        let (mut kept, mut unheard) = (false, false);
         if let Some(place) = &self.tail {
             let words = place.memory.words();
             if self.boastful {
                 words[tail::AT_VALID].store(1, Ordering::Relaxed);
             }
             kept = sound && place.holds();
+            // A sync failed, took pages from the cache, and the process died before it heard of it.
+            unheard = !sound && self.is_buffered() && place.holds();
             // Nobody may have come as far as to keep anything.
             let begun = words[tail::AT_MAGIC].load(Ordering::Relaxed) != 0;
             if begun && sound && self.roomy && !kept {
@@ -320,6 +322,10 @@ impl Node {
         }
         self.recover(|model, offset, bytes| match kept {
             true => model.check_death(offset, bytes),
+            false if unheard => {
+                model.take(offset, bytes);
+                Ok(())
+            }
             false => model.check_kill(offset, bytes),
         })
     }
