@@ -31,6 +31,7 @@ pub(super) mod control {
     pub(crate) const END_USER_RECOVERY: u32 = number(READ_WRITE, CONTROL, 0x11);
     pub(crate) const GET_FEATURES: u32 = number(READ, CONTROL, 0x13);
     pub(crate) const UPDATE_SIZE: u32 = number(READ_WRITE, CONTROL, 0x15);
+    pub(crate) const DEL_DEV_ASYNC: u32 = number(READ, CONTROL, 0x14);
     pub(crate) const QUIESCE_DEV: u32 = number(READ_WRITE, CONTROL, 0x16);
     pub(crate) const TRY_STOP_DEV: u32 = number(READ_WRITE, CONTROL, 0x17);
 }

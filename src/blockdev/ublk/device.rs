@@ -112,7 +112,7 @@ impl BlockDevice {
             match control.set_params(made.id, info, made.max_io) {
                 Ok(()) => Ok(made),
                 Err(error) => {
-                    let _ = control.delete(made.id);
+                    let _ = control.delete(made.id, Stop::Unused);
                     Err(error)
                 }
             }
@@ -127,7 +127,7 @@ impl BlockDevice {
             Ok(()) => Ok(block),
             Err(error) => {
                 // It never was: nobody can have used it.
-                let _ = block.remove().await;
+                let _ = block.remove(Stop::Unused).await;
                 Err(error)
             }
         }
@@ -221,7 +221,7 @@ impl BlockDevice {
     /// device that none can take over is removed: better an error now than one that hangs.
     pub async fn hand_over(mut self) -> Result<()> {
         if self.flags & flag::USER_RECOVERY == 0 {
-            return self.remove().await;
+            return self.remove(Stop::Forced).await;
         }
         if self.flags & flag::QUIESCE == 0 {
             // The driver takes it from this process when it ends.
@@ -267,16 +267,16 @@ impl BlockDevice {
                 _ => error,
             })?;
         }
-        self.remove().await
+        self.remove(stop).await
     }
 
-    async fn remove(&mut self) -> Result<()> {
+    async fn remove(&mut self, stop: Stop) -> Result<()> {
         match self.control(|control, id| control.stop(id, Stop::Forced)).await {
             Err(error) if error.kind() != Kind::NotFound => return Err(error),
             _ => {}
         }
         self.ended().await?;
-        match self.control(|control, id| control.delete(id)).await {
+        match self.control(move |control, id| control.delete(id, stop)).await {
             Err(error) if error.kind() != Kind::NotFound => Err(error),
             _ => Ok(()),
         }
@@ -381,7 +381,7 @@ pub async fn clear(id: u32) -> Result<()> {
     command(move |control| {
         control.info(id)?;
         let _ = control.stop(id, Stop::Forced);
-        control.delete(id)
+        control.delete(id, Stop::Forced)
     })
     .await
 }
