@@ -309,8 +309,8 @@ impl Node {
                 words[tail::AT_VALID].store(1, Ordering::Relaxed);
             }
             kept = sound && place.holds();
-            // A sync failed, took pages from the cache, and the process died before it heard of it.
-            unheard = !sound && self.is_buffered() && place.holds();
+            // A sync failed, took what it covered, and the process died before it heard of it.
+            unheard = !sound && place.holds();
             // Nobody may have come as far as to keep anything.
             let begun = words[tail::AT_MAGIC].load(Ordering::Relaxed) != 0;
             if begun && sound && self.roomy && !kept {
