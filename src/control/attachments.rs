@@ -208,10 +208,12 @@ impl Attachments {
                 let error = error.within(format!("attaching {}", record.export));
                 entry.wait(state, &error);
                 // What may have left something behind, or be at it still, keeps its record.
-                let found = find(&record).await;
-                if error.kind() != Kind::Unavailable
-                    && matches!(found, Ok(Found::Nothing | Found::Foreign))
-                {
+                let nothing = match find(&record).await {
+                    Ok(found) => matches!(found, Found::Nothing | Found::Foreign),
+                    // Whoever has no driver, or may not speak to it, has no device.
+                    Err(error) => matches!(error.kind(), Kind::Unsupported | Kind::Permission),
+                };
+                if nothing && error.kind() != Kind::Unavailable {
                     self.forget(entry, state).await?;
                 }
                 Err(error)

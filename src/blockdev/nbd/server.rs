@@ -145,11 +145,11 @@ impl Server {
     /// A connection to `export` that needs no handshake, for the kernel's NBD client.
     ///
     /// # Errors
-    /// `Unavailable` if there are [`MAX_CONNECTIONS`] already, or the server stops.
+    /// `NoSpace` if there are [`MAX_CONNECTIONS`] already, `Unavailable` if the server stops.
     pub fn pair(&self, export: Arc<Export>) -> Result<Pair> {
         let slot = self.shared.slots.clone().try_acquire_owned().map_err(|_| {
             let what = format!("there are {MAX_CONNECTIONS} NBD connections; end some");
-            Error::new(Kind::Unavailable, what)
+            Error::new(Kind::NoSpace, what)
         })?;
         let (socket, own) = std::os::unix::net::UnixStream::pair()
             .context(|| format!("{}: making a connection", export.name))?;

@@ -171,7 +171,7 @@ pub async fn free_number(via: Via, first: u32, taken: BTreeSet<u32>) -> Result<u
             Ok(Some(number).filter(|number| *number < NUMBERS))
         }
     };
-    let full = || Error::new(Kind::Unavailable, "there are too many block devices; detach some");
+    let full = || Error::new(Kind::NoSpace, "there are too many block devices; detach some");
     blocking(free).await?.ok_or_else(full)
 }
 
