@@ -130,9 +130,12 @@ impl Control {
     /// Removes what is left of the device, once its queues are gone. Its number is free again when
     /// nobody has it open any more; that is waited for if it was unused.
     pub(super) fn delete(&mut self, id: u32, stop: Stop) -> Result<()> {
+        let unprivileged = self.unprivileged;
         let mut give = |number| self.send(number, id, 0, None, "removing it");
         match stop {
             Stop::Unused => give(control::DEL_DEV),
+            // The driver does not know the other command from such users.
+            Stop::Forced if unprivileged => give(control::DEL_DEV),
             Stop::Forced => match give(control::DEL_DEV_ASYNC) {
                 // Before Linux 6.9.
                 Err(error) if error.kind() == Kind::Unsupported => give(control::DEL_DEV),
