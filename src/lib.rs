@@ -29,8 +29,10 @@ pub mod cli;
 pub mod control;
 pub mod cow;
 pub mod error;
+pub mod histogram;
 pub mod image;
 pub mod io;
+pub mod promote;
 pub mod units;
 
 pub use error::{Error, Kind, Result};

@@ -159,6 +159,11 @@ impl Buf {
         }
     }
 
+    /// Whether the memory is lent: the processor sees it by way of the kernel only.
+    pub fn is_lent(&self) -> bool {
+        matches!(self.memory, Memory::Lent(_))
+    }
+
     /// Whether the memory was lent, and a copy from or to it failed: what was copied is void.
     pub fn is_lost(&self) -> bool {
         match &self.memory {

@@ -1,0 +1,253 @@
+//! The cache on the simulated disk: readers, one task that fills and empties, faults, damage, crashes.
+//!
+//! Checked always: what a read returns is the image's content. And without faults and damage nothing
+//! is ever doubted: the sums only cover for the disk, never for a race of our own.
+
+use std::{
+    cell::{Cell, RefCell},
+    future::ready,
+};
+
+use super::*;
+use crate::io::sim::{Cut, End, Faults, Sim, SimFile, Task};
+
+const CHUNKS: u64 = 6;
+/// The last chunk is short, and ends within a block.
+const SIZE: u64 = (CHUNKS - 1) * CHUNK + 3 * BLOCK + 512;
+const DIGEST: Digest = Digest([7; 32]);
+
+fn image(offset: u64, len: usize) -> Vec<u8> {
+    (offset..offset + len as u64).map(|at| (at ^ at >> 9 ^ at >> 18) as u8).collect()
+}
+
+fn content(cache: &Cache<Sim>, chunk: Chunk) -> Buf {
+    Buf::from_bytes(&image(chunk.offset(), cache.len_of(chunk)))
+}
+
+struct Node {
+    sim: Sim,
+    data: SimFile,
+    chunks: SimFile,
+}
+
+impl Node {
+    fn new(seed: u64) -> Node {
+        let sim = Sim::new(seed);
+        let align = if seed.is_multiple_of(2) { 1 } else { 512 };
+        let data = sim.create(align, &[], SIZE.next_multiple_of(BLOCK));
+        let len = entry::position(Chunk(CHUNKS));
+        let chunks = sim.create(1, &entry::header(&DIGEST, SIZE), len);
+        Node { sim, data, chunks }
+    }
+
+    fn cache(&self) -> Cache<Sim> {
+        Cache::new("test", self.data, self.chunks, DIGEST, SIZE)
+    }
+
+    fn run(&self, task: impl Future<Output = ()>, steps: Option<u64>) -> End {
+        self.sim.run(vec![Box::pin(task)], steps)
+    }
+
+    fn load(&self, cache: &Cache<Sim>) -> (u64, u64) {
+        let loaded = Cell::new((0, 0));
+        let end = self.run(
+            async { loaded.set(cache.load(&self.sim, |_, _| true, |_| ready(())).await.unwrap()) },
+            None,
+        );
+        assert!(matches!(end, End::Done(_)));
+        loaded.get()
+    }
+}
+
+/// Reads at random, from the cache if it can and else from the image, as a replica does.
+async fn reader(sim: &Sim, cache: &Cache<Sim>, seed: u64, reads: usize, hits: &Cell<u64>) {
+    let mut rng = fastrand::Rng::with_seed(seed);
+    for _ in 0..reads {
+        let chunk = Chunk(rng.u64(0..CHUNKS));
+        let len = cache.len_of(chunk) as u64 / 512;
+        let start = rng.u64(0..len);
+        let most = if rng.bool() { 24 } else { 512 };
+        let sectors = rng.u64(1..=most.min(len - start));
+        let offset = chunk.offset() + start * 512;
+        let Some(lease) = cache.lease(chunk) else {
+            // The image's copy would be read: some other operation, which takes its time.
+            drop(sim.data_after(&cache.data, 0).await);
+            continue;
+        };
+        let buf = sim.alloc((sectors * 512) as usize);
+        if cache.read(sim, lease, offset, buf.clone()).await.is_ok() {
+            assert_eq!(buf.to_vec(), image(offset, buf.len()), "{offset}");
+            hits.set(hits.get() + 1);
+        }
+    }
+}
+
+/// Fills and empties at random, and never holds more than four chunks.
+async fn mover(sim: &Sim, cache: &Cache<Sim>, seed: u64, rounds: usize) {
+    let mut rng = fastrand::Rng::with_seed(seed);
+    for _ in 0..rounds {
+        if cache.stored() < 4 {
+            let mut batch: Vec<Chunk> = (0..CHUNKS).map(Chunk).collect();
+            rng.shuffle(&mut batch);
+            batch.truncate(rng.usize(1..=(4 - cache.stored()) as usize));
+            let batch: Vec<_> =
+                batch.into_iter().map(|chunk| (chunk, content(cache, chunk))).collect();
+            drop(cache.fill(sim, &batch).await);
+            assert!(cache.stored() <= 4);
+        }
+        if rng.bool() {
+            cache.withdraw(Chunk(rng.u64(0..CHUNKS)));
+        }
+        cache.sweep(sim).await;
+    }
+}
+
+fn crowd<'a>(
+    node: &'a Node,
+    cache: &'a Cache<Sim>,
+    hits: &'a Cell<u64>,
+    seed: u64,
+) -> Vec<Task<'a>> {
+    let mut tasks: Vec<Task> = vec![Box::pin(mover(&node.sim, cache, seed, 30))];
+    for number in 0..3 {
+        let seed = seed * 10 + number;
+        tasks.push(Box::pin(reader(&node.sim, cache, seed, 60, hits)));
+    }
+    tasks
+}
+
+#[test]
+fn readers_and_the_mover_never_meet_in_a_chunk() {
+    let hits = Cell::new(0);
+    for seed in 0..150 {
+        let node = Node::new(seed);
+        let cache = node.cache();
+        let end = node.sim.run(crowd(&node, &cache, &hits, seed), None);
+        assert!(matches!(end, End::Done(_)), "seed {seed}: {end:?}");
+        assert_eq!(cache.doubts(), 0, "seed {seed}: nothing was damaged, yet doubted");
+    }
+    assert!(hits.get() > 5_000, "only {} reads were answered by the cache", hits.get());
+}
+
+#[test]
+fn a_failing_disk_costs_the_cache_and_nothing_else() {
+    let (hits, closed) = (Cell::new(0), Cell::new(0));
+    for seed in 0..150 {
+        let node = Node::new(seed);
+        let cache = node.cache();
+        let read = if seed.is_multiple_of(3) { 700 } else { 60 };
+        node.sim.set_faults(Faults { read, write: 60, sync: 60 });
+        let end = node.sim.run(crowd(&node, &cache, &hits, seed), None);
+        assert!(matches!(end, End::Done(_)), "seed {seed}: {end:?}");
+        closed.set(closed.get() + u64::from(cache.is_closed()));
+        node.sim.set_faults(Faults::default());
+        node.run(async { drop(cache.sweep(&node.sim).await) }, None);
+        assert_eq!(cache.stored(), cache.present().len() as u64, "seed {seed}: space is lost");
+    }
+    assert!(hits.get() > 1_000 && closed.get() > 0, "{} {}", hits.get(), closed.get());
+}
+
+#[test]
+fn what_a_crash_leaves_is_whole_or_gone() {
+    let (present, dropped) = (Cell::new(0), Cell::new(0));
+    for seed in 0..400 {
+        let mut rng = fastrand::Rng::with_seed(seed);
+        let node = Node::new(seed);
+        let cache = node.cache();
+        let hits = Cell::new(0);
+        // Several lives: each is ended at any step, the last of them in its loading too.
+        for life in 0..3 {
+            let cache = if life == 0 { &cache } else { &node.cache() };
+            if life > 0 {
+                let loading =
+                    async { drop(cache.load(&node.sim, |_, _| true, |_| ready(())).await) };
+                node.run(loading, rng.bool().then(|| rng.u64(0..10)));
+            }
+            let steps = rng.u64(0..120);
+            node.sim.run(crowd(&node, cache, &hits, seed + life), Some(steps));
+            assert_eq!(cache.doubts(), 0, "seed {seed}, life {life}");
+            match rng.u8(0..4) {
+                0 => node.sim.kill(),
+                1 => node.sim.power_cut(Cut::LoseAll),
+                _ => node.sim.power_cut(Cut::Any),
+            }
+        }
+        let after = node.sim.fork(seed);
+        let node = Node { sim: after, ..node };
+        let cache = node.cache();
+        let (there, gone) = node.load(&cache);
+        present.set(present.get() + there);
+        dropped.set(dropped.get() + gone);
+        let hits = Cell::new(0);
+        node.run(reader(&node.sim, &cache, seed, 100, &hits), None);
+        assert_eq!(cache.doubts(), 0, "seed {seed}: what was loaded is not whole");
+    }
+    assert!(present.get() > 100 && dropped.get() > 10, "{} {}", present.get(), dropped.get());
+}
+
+#[test]
+fn damage_is_found_by_whoever_reads_it() {
+    for seed in 0..100 {
+        let node = Node::new(seed);
+        let cache = node.cache();
+        let all: Vec<_> =
+            (0..CHUNKS).map(Chunk).map(|chunk| (chunk, content(&cache, chunk))).collect();
+        node.run(async { cache.fill(&node.sim, &all).await.unwrap() }, None);
+        let mut rng = fastrand::Rng::with_seed(seed);
+        let at = rng.u64(0..SIZE);
+        node.sim.poke(node.data, at, &[!image(at, 1)[0]]);
+        let chunk = Chunk::at(at);
+        let failed = RefCell::new(None);
+        let block = units::round_down(at, BLOCK);
+        node.run(
+            async {
+                let lease = cache.lease(chunk).unwrap();
+                let buf = node.sim.alloc(512);
+                *failed.borrow_mut() = Some(cache.read(&node.sim, lease, block, buf).await);
+            },
+            None,
+        );
+        let error = failed.take().unwrap().unwrap_err();
+        assert_eq!(error.kind(), Kind::Corrupt);
+        assert!(cache.lease(chunk).is_none() && cache.doubts() == 1);
+        // At rest it is found too, and the rest is believed.
+        let again = node.cache();
+        assert_eq!(node.load(&again), (CHUNKS - 1, 1));
+        assert!(again.lease(chunk).is_none());
+        let foreign = Cache::<Sim>::new("test", node.data, node.chunks, Digest([8; 32]), SIZE);
+        node.run(
+            async {
+                let loaded = foreign.load(&node.sim, |_, _| true, |_| ready(())).await;
+                assert_eq!(loaded.unwrap_err().kind(), Kind::Corrupt);
+            },
+            None,
+        );
+    }
+}
+
+#[test]
+fn space_waits_for_the_last_reader() {
+    let node = Node::new(1);
+    let cache = node.cache();
+    let sim = &node.sim;
+    node.run(
+        async {
+            let first = [(Chunk(0), content(&cache, Chunk(0)))];
+            cache.fill(sim, &first).await.unwrap();
+            let lease = cache.lease(Chunk(0)).unwrap();
+            cache.withdraw(Chunk(0));
+            assert!(cache.lease(Chunk(0)).is_none());
+            assert_eq!(cache.sweep(sim).await, (vec![], 1));
+            // Not filled anew either while it waits.
+            cache.fill(sim, &first).await.unwrap();
+            assert!(cache.lease(Chunk(0)).is_none());
+            let buf = sim.alloc(4096);
+            cache.read(sim, lease, 0, buf.clone()).await.unwrap();
+            assert_eq!(buf.to_vec(), image(0, 4096));
+            assert_eq!(cache.sweep(sim).await, (vec![Chunk(0)], 0));
+            assert_eq!((cache.stored(), sim.peek(node.data)[0..9].to_vec()), (0, vec![0; 9]));
+            assert!(cache.lease(Chunk(CHUNKS)).is_none());
+        },
+        None,
+    );
+}
