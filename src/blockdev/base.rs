@@ -10,36 +10,47 @@ use crate::{
     cow::Base,
     error::{Context, Error, Kind, Result},
     io::{Buf, Io, read_any},
-    units::{self, BLOCKS_PER_CHUNK, Block, round_down},
+    units::{self, BLOCKS_PER_CHUNK, Block, Chunk, round_down},
 };
 
 /// A copy of an image, open for reading. Shared by every thread and every replica on it.
 pub struct BaseImage<I: Io> {
     name: String,
+    disk: String,
     data: I::File,
     size: u64,
     rotational: bool,
-    /// Per chunk, a bit for each block that holds nothing but zeros.
-    zeros: Box<[u64]>,
+    chunks: Box<[Content]>,
+}
+
+/// What is known of a chunk's content.
+#[derive(Clone, Copy, Debug)]
+pub struct Content {
+    /// A bit for each block that holds nothing but zeros.
+    pub zeros: u64,
+    /// Its CRC-32.
+    pub crc: u32,
 }
 
 impl<I: Io> BaseImage<I> {
-    /// The image in `data`: `size` bytes, a multiple of 512; one zero mask per chunk.
+    /// The copy on `disk` of image `name` in `data`: `size` bytes, a multiple of 512, and what is
+    /// known of each chunk.
     ///
     /// # Errors
-    /// `Corrupt` if the masks don't cover the size.
+    /// `Corrupt` if there is not one of `chunks` for each chunk of the size.
     pub fn new(
         name: impl Into<String>,
+        disk: impl Into<String>,
         data: I::File,
         size: u64,
-        zeros: Box<[u64]>,
+        chunks: Box<[Content]>,
     ) -> Result<BaseImage<I>> {
         let name = name.into();
-        if units::chunks(size) != zeros.len() as u64 {
-            let what = format!("image {name}: {} zero masks for {size} bytes", zeros.len());
+        if units::chunks(size) != chunks.len() as u64 {
+            let what = format!("image {name}: {} chunks in {size} bytes", chunks.len());
             return Err(Error::new(Kind::Corrupt, what));
         }
-        Ok(BaseImage { name, data, size, rotational: false, zeros })
+        Ok(BaseImage { name, disk: disk.into(), data, size, rotational: false, chunks })
     }
 
     /// Tells clients that the disk below turns.
@@ -47,6 +58,16 @@ impl<I: Io> BaseImage<I> {
     pub fn on_rotating_disk(mut self) -> BaseImage<I> {
         self.rotational = true;
         self
+    }
+
+    /// The disk that the copy is on.
+    pub fn disk(&self) -> &str {
+        &self.disk
+    }
+
+    /// The CRC-32 that a chunk's content must have; `None` past the end.
+    pub fn crc(&self, chunk: Chunk) -> Option<u32> {
+        Some(self.chunks.get(usize::try_from(chunk.0).ok()?)?.crc)
     }
 
     /// Whether every block that the range touches is known to be zeros.
@@ -62,8 +83,8 @@ impl<I: Io> Base<I> for BaseImage<I> {
     }
 
     fn is_zero(&self, block: Block) -> bool {
-        let mask = self.zeros.get((block.0 / BLOCKS_PER_CHUNK) as usize);
-        mask.is_none_or(|mask| mask >> (block.0 % BLOCKS_PER_CHUNK) & 1 == 1)
+        let chunk = self.chunks.get((block.0 / BLOCKS_PER_CHUNK) as usize);
+        chunk.is_none_or(|chunk| chunk.zeros >> (block.0 % BLOCKS_PER_CHUNK) & 1 == 1)
     }
 
     fn zero_run(&self, blocks: Range<u64>) -> (bool, u64) {
@@ -72,8 +93,9 @@ impl<I: Io> Base<I> for BaseImage<I> {
         let mut block = blocks.start;
         while block < blocks.end && self.is_zero(Block(block)) == zero {
             // A chunk that is all of a kind is one step.
-            let mask = self.zeros.get((block / BLOCKS_PER_CHUNK) as usize).copied();
-            let unit = if mask.is_some_and(|mask| mask == same) { BLOCKS_PER_CHUNK } else { 1 };
+            let chunk = self.chunks.get((block / BLOCKS_PER_CHUNK) as usize);
+            let unit =
+                if chunk.is_some_and(|chunk| chunk.zeros == same) { BLOCKS_PER_CHUNK } else { 1 };
             block = round_down(block, unit) + unit;
         }
         (zero, block.min(blocks.end))
@@ -81,9 +103,9 @@ impl<I: Io> Base<I> for BaseImage<I> {
 
     async fn read(&self, io: &I, offset: u64, buf: Buf) -> Result<()> {
         let len = buf.len();
-        read_any(io, &self.data, buf, offset)
-            .await
-            .context(|| format!("image {}: reading {len} bytes at {offset}", self.name))
+        read_any(io, &self.data, buf, offset).await.context(|| {
+            format!("image {} on disk {}: reading {len} bytes at {offset}", self.name, self.disk)
+        })
     }
 }
 

@@ -8,7 +8,7 @@ pub mod nbd;
 pub mod replica;
 pub mod ublk;
 
-pub use base::BaseImage;
+pub use base::{BaseImage, Content};
 pub use device::{Device, Extent, Info, Provision};
 pub use replica::Replica;
 

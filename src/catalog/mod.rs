@@ -6,6 +6,7 @@
 //! stage.rs     a copy that is being made, and its publication
 //! image.rs     images: looking them up, opening and removing them
 //! replica.rs   replicas: making, opening and removing them
+//! cache.rs     caches of promoted chunks: making, finding and removing them
 //! fsck.rs      what is inconsistent, and mending it
 //! report.rs    the node's figures
 //!    |
@@ -29,6 +30,7 @@
 //! Everything blocks. `docs/catalogue.md` gives the files.
 
 mod attachment;
+mod cache;
 mod claims;
 mod dir;
 mod disk;
@@ -51,6 +53,7 @@ mod view;
 mod tests;
 
 pub use attachment::{Attachment, Target, Via};
+pub use cache::{CacheShape, OpenCache};
 pub use disk::HOME;
 pub use disks::{DiskOptions, Forgotten, Placement};
 pub use fsck::Repair;

@@ -23,12 +23,17 @@ use tokio::{sync::Mutex as AsyncMutex, time::timeout};
 use uuid::Uuid;
 
 use crate::{
-    blockdev::{AnyDevice, BaseImage, Export, Replica, nbd::Exports as Offered},
+    blockdev::{AnyDevice, BaseImage, Content, Export, Replica, nbd::Exports as Offered},
     catalog::{Digest, Name, Node, Removed, ReplicaStatus, Tier},
-    control::{config::Caching, service::blocking, tails::Tails},
+    control::{
+        config::Caching,
+        service::blocking,
+        tails::Tails,
+        views::{Base, Views},
+    },
     cow::Overlay,
     error::{Context, Error, Kind, Result},
-    image::ChunkTable,
+    image::{ChunkSum, ChunkTable},
     io::{Ring, RingFile, Rings},
     units::Chunk,
 };
@@ -41,7 +46,6 @@ pub const IMAGE: &str = "image/";
 /// What stands before a replica's name in the name of its export.
 pub const REPLICA: &str = "replica/";
 
-type Base = BaseImage<Ring>;
 type Slot<T> = Arc<AsyncMutex<T>>;
 
 /// The table of open devices.
@@ -50,6 +54,7 @@ pub struct Exports {
     rings: Arc<Rings>,
     caching: Caches,
     tails: Option<Tails>,
+    views: Arc<Views>,
     bases: Mutex<HashMap<Digest, Slot<Weak<Base>>>>,
     replicas: Mutex<HashMap<Uuid, Slot<Option<Opened>>>>,
 }
@@ -83,9 +88,16 @@ impl Opened {
 
 impl Exports {
     /// An empty table for `node`, whose devices are served by `rings`.
-    /// Where replicas' tails are kept is `tails`.
-    pub fn new(node: Node, rings: Arc<Rings>, caching: Caches, tails: Option<Tails>) -> Exports {
-        Exports { node, rings, caching, tails, bases: Mutex::default(), replicas: Mutex::default() }
+    /// Where replicas' tails are kept is `tails`; `views` are of the images that replicas stand on.
+    pub fn new(
+        node: Node,
+        rings: Arc<Rings>,
+        caching: Caches,
+        tails: Option<Tails>,
+        views: Arc<Views>,
+    ) -> Exports {
+        let (bases, replicas) = (Mutex::default(), Mutex::default());
+        Exports { node, rings, caching, tails, views, bases, replicas }
     }
 
     /// The image of this name or digest as an export.
@@ -280,7 +292,8 @@ impl Exports {
             let (node, by, size) = (self.node.clone(), name.clone(), overlay.size());
             blocking(move || node.set_replica_size(&by, size)).await?;
         }
-        let replica = Arc::new(Replica::new(overlay, base, rotational));
+        let view = self.views.of(&status.disk, status.digest, &base);
+        let replica = Arc::new(Replica::new(overlay, base, view, rotational));
         let export = Arc::new(Export {
             description: format!("replica {name} on disk {}", status.disk),
             name: format!("{REPLICA}{name}"),
@@ -404,17 +417,17 @@ fn open_base(node: &Node, digest: Digest, caching: Caching) -> Result<Base> {
             format!("image {digest}: its chunk table is that of another image; import it again"),
         ));
     }
-    let zeros = (0..table.chunks()).map(Chunk).map(|chunk| match table.is_zero(chunk) {
-        true => u64::MAX,
-        false => table.sum(chunk).map_or(0, |sum| sum.zeros),
+    let chunks = (0..table.chunks()).map(|chunk| {
+        let content = |sum: ChunkSum| Content { zeros: sum.zeros, crc: sum.crc };
+        table.sum(Chunk(chunk)).map_or(Content { zeros: u64::MAX, crc: 0 }, content)
     });
-    let zeros: Box<[u64]> = zeros.collect();
+    let chunks: Box<[Content]> = chunks.collect();
     let data = opened(caching, &|flags| match flags.is_empty() {
         true => copy.data.try_clone().context(|| format!("image {digest}")),
         false => copy.reopen_data(flags),
     })?;
     let data = RingFile::new(data).context(|| format!("image {digest}: opening its content"))?;
-    let base = BaseImage::new(digest.to_string(), data, copy.size, zeros)?;
+    let base = BaseImage::new(digest.to_string(), copy.disk.as_str(), data, copy.size, chunks)?;
     Ok(if turns(node, &copy.disk) { base.on_rotating_disk() } else { base })
 }
 

@@ -31,6 +31,7 @@ mod metrics;
 mod routes;
 mod tails;
 mod upload;
+mod views;
 mod work;
 
 pub use routes::document;

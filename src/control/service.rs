@@ -75,7 +75,8 @@ impl Service {
         })?);
         let caching = Caches { images: config.image_io, overlays: config.overlay_io };
         let tails = Tails::beside(&config.socket);
-        let exports = Arc::new(Exports::new(node.clone(), rings.clone(), caching, tails));
+        let exports =
+            Arc::new(Exports::new(node.clone(), rings.clone(), caching, tails, Arc::default()));
         let listener = tokio::net::UnixListener::from_std(socket.listener()?)
             .context(|| "listening on the NBD socket")?;
         let server = Arc::new(nbd::Server::start(listener, rings.clone(), exports.clone()));

@@ -43,6 +43,7 @@ mod zero;
 
 use std::{future::Future, ops::Range};
 
+pub(crate) use overlay::run_all;
 pub use overlay::{Overlay, Stats};
 pub use plan::{Plan, Segment, Source};
 

@@ -196,7 +196,7 @@ impl<I: Io> Overlay<I> {
 ///
 /// To their end even after an error: an operation that was given up could still land, on bytes that
 /// somebody else has written since.
-pub(super) async fn run_all<F>(futures: impl IntoIterator<Item = F>) -> Result<()>
+pub(crate) async fn run_all<F>(futures: impl IntoIterator<Item = F>) -> Result<()>
 where
     F: Future<Output = Result<()>>,
 {

@@ -86,7 +86,7 @@ impl Drop for Lease<'_> {
 
 impl<I: Io> Cache<I> {
     /// The cache in `data` and `chunks` of the image `digest` of `size` bytes; `what` names it in
-    /// errors. Nothing is present before [`Cache::load`] has looked or [`Cache::fill`] has filled.
+    /// errors. Nothing is present before [`Cache::fill`] or [`Cache::admit`] makes it so.
     pub fn new(
         what: impl Into<String>,
         data: I::File,
@@ -275,15 +275,9 @@ impl<I: Io> Cache<I> {
         true
     }
 
-    /// Looks at what an earlier process left, and makes present what is whole: `believe` tells whether
-    /// a chunk's content may have this CRC-32. Returns how many chunks are present, and how many were
-    /// dropped. `pace` is awaited before each chunk is read, with its bytes.
-    pub async fn load<F: Future<Output = ()>>(
-        &self,
-        io: &I,
-        believe: impl Fn(Chunk, u32) -> bool,
-        pace: impl Fn(u64) -> F,
-    ) -> Result<(u64, u64)> {
+    /// The chunks that an earlier process says it left here, with their CRC-32s: claims, which
+    /// [`Cache::admit`] looks into.
+    pub async fn claims(&self, io: &I) -> Result<Vec<(Chunk, u32)>> {
         let reading = || format!("{}: reading its table", self.what);
         // What an earlier process wrote is on the disk now, or is read as it is there.
         io.sync(&self.data).await.context(reading)?;
@@ -293,7 +287,7 @@ impl<I: Io> Cache<I> {
             let what = format!("{}: its table is not that of this image", self.what);
             return Err(Error::new(Kind::Corrupt, what));
         }
-        let (mut present, mut dropped) = (0, 0);
+        let mut claims = Vec::new();
         let mut first = 0;
         while first < units::chunks(self.size) {
             let count = (units::chunks(self.size) - first).min((TABLE_READ / entry::ENTRY) as u64);
@@ -301,34 +295,25 @@ impl<I: Io> Cache<I> {
             let at = entry::position(Chunk(first));
             io.read(&self.chunks, table.clone(), at).await.context(reading)?;
             for (bytes, number) in table.to_vec().chunks(entry::ENTRY).zip(first..) {
-                let chunk = Chunk(number);
-                let Some(crc) = entry::read(&self.digest, chunk, bytes) else { continue };
-                if !self.take(chunk) {
-                    continue;
-                }
-                pace(self.len_of(chunk) as u64).await;
-                match self.load_chunk(io, chunk, crc, &believe).await {
-                    true => present += 1,
-                    false => dropped += 1,
+                if let Some(crc) = entry::read(&self.digest, Chunk(number), bytes) {
+                    claims.push((Chunk(number), crc));
                 }
             }
             first += count;
         }
-        Ok((present, dropped))
+        Ok(claims)
     }
 
-    async fn load_chunk(
-        &self,
-        io: &I,
-        chunk: Chunk,
-        crc: u32,
-        believe: &impl Fn(Chunk, u32) -> bool,
-    ) -> bool {
+    /// Reads a chunk that an earlier process left, and makes it present if its content has this
+    /// CRC-32, which is the image's own; otherwise drops it. Whether it is present.
+    pub async fn admit(&self, io: &I, chunk: Chunk, crc: u32) -> bool {
+        if !self.take(chunk) {
+            return false;
+        }
         let content = io.alloc(self.len_of(chunk));
         let read = read_any(io, &self.data, content.clone(), chunk.offset()).await;
         if read.is_ok()
             && sum(&content) == crc
-            && believe(chunk, crc)
             && let Some(slot) = self.slots.get(chunk)
         {
             present(slot, &content);

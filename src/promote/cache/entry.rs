@@ -4,7 +4,10 @@
 //! image, zeros where the chunk isn't here. An entry is a claim, not a proof: it is believed once the
 //! chunk's data was read and has the sum that the entry tells.
 
-use crate::{catalog::Digest, units::Chunk};
+use crate::{
+    catalog::Digest,
+    units::{self, Chunk},
+};
 
 /// Bytes of the header.
 pub const HEADER: usize = 4096;
@@ -18,6 +21,11 @@ const HERE: u32 = u32::from_le_bytes(*b"HERE");
 /// Where the entry of `chunk` stands in the file.
 pub fn position(chunk: Chunk) -> u64 {
     HEADER as u64 + chunk.0 * ENTRY as u64
+}
+
+/// Bytes of the file of an image of `size` bytes.
+pub fn file_len(size: u64) -> u64 {
+    position(Chunk(units::chunks(size)))
 }
 
 /// The header of the cache of an image of `size` bytes.

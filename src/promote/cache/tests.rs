@@ -3,10 +3,7 @@
 //! Checked always: what a read returns is the image's content. And without faults and damage nothing
 //! is ever doubted: the sums only cover for the disk, never for a race of our own.
 
-use std::{
-    cell::{Cell, RefCell},
-    future::ready,
-};
+use std::cell::{Cell, RefCell};
 
 use super::*;
 use crate::io::sim::{Cut, End, Faults, Sim, SimFile, Task};
@@ -48,14 +45,22 @@ impl Node {
         self.sim.run(vec![Box::pin(task)], steps)
     }
 
+    /// How many chunks are whole of what an earlier life left, and how many are not.
     fn load(&self, cache: &Cache<Sim>) -> (u64, u64) {
         let loaded = Cell::new((0, 0));
-        let end = self.run(
-            async { loaded.set(cache.load(&self.sim, |_, _| true, |_| ready(())).await.unwrap()) },
-            None,
-        );
+        let end = self.run(load(&self.sim, cache, &loaded), None);
         assert!(matches!(end, End::Done(_)));
         loaded.get()
+    }
+}
+
+async fn load(sim: &Sim, cache: &Cache<Sim>, loaded: &Cell<(u64, u64)>) {
+    for (chunk, crc) in cache.claims(sim).await.unwrap() {
+        let (there, gone) = loaded.get();
+        loaded.set(match cache.admit(sim, chunk, crc).await {
+            true => (there + 1, gone),
+            false => (there, gone + 1),
+        });
     }
 }
 
@@ -217,8 +222,8 @@ fn damage_is_found_by_whoever_reads_it() {
         let foreign = Cache::<Sim>::new("test", node.data, node.chunks, Digest([8; 32]), SIZE);
         node.run(
             async {
-                let loaded = foreign.load(&node.sim, |_, _| true, |_| ready(())).await;
-                assert_eq!(loaded.unwrap_err().kind(), Kind::Corrupt);
+                let claims = foreign.claims(&node.sim).await;
+                assert_eq!(claims.unwrap_err().kind(), Kind::Corrupt);
             },
             None,
         );
@@ -250,4 +255,25 @@ fn space_waits_for_the_last_reader() {
         },
         None,
     );
+}
+
+#[test]
+fn nothing_is_present_that_is_not_durable() {
+    let node = Node::new(1);
+    let cache = node.cache();
+    node.sim.set_faults(Faults { sync: 1024, ..Faults::default() });
+    let all: Vec<_> = (0..CHUNKS).map(Chunk).map(|chunk| (chunk, content(&cache, chunk))).collect();
+    node.run(
+        async {
+            cache.fill(&node.sim, &all).await.unwrap_err();
+        },
+        None,
+    );
+    assert_eq!((cache.present(), cache.stored()), (vec![], 0));
+    node.sim.set_faults(Faults::default());
+    node.run(async { cache.fill(&node.sim, &all).await.unwrap() }, None);
+    node.sim.power_cut(Cut::LoseAll);
+    let hits = Cell::new(0);
+    node.run(reader(&node.sim, &cache, 1, 100, &hits), None);
+    assert_eq!((hits.get(), cache.doubts()), (100, 0));
 }

@@ -1,0 +1,78 @@
+//! The views of images that replicas have: one for each disk and image, shared by all replicas of that
+//! disk on that image. It stays while the daemon runs: what was promoted to the disk belongs to it.
+
+use std::{
+    collections::HashMap,
+    sync::{Arc, Mutex, MutexGuard, PoisonError, Weak},
+};
+
+use crate::{
+    blockdev::BaseImage,
+    catalog::{Digest, Name},
+    io::Ring,
+    promote::View,
+};
+
+/// An image's copy, open.
+pub type Base = BaseImage<Ring>;
+
+/// All views of a node.
+#[derive(Default)]
+pub struct Views(Mutex<HashMap<(Name, Digest), Arc<Seat>>>);
+
+/// An image and a disk whose replicas read it.
+pub struct Seat {
+    /// The disk.
+    pub disk: Name,
+    /// The image.
+    pub digest: Digest,
+    /// The image's bytes.
+    pub size: u64,
+    /// What the replicas read through.
+    pub view: Arc<View<Ring>>,
+    copy: Mutex<Weak<Base>>,
+}
+
+impl Seat {
+    /// The copy that the replicas read, while any of them is open.
+    pub fn copy(&self) -> Option<Arc<Base>> {
+        locked(&self.copy).upgrade()
+    }
+}
+
+impl Views {
+    /// The view that replicas on `disk` have of the image `digest`, whose open copy is `copy`.
+    pub fn of(&self, disk: &Name, digest: Digest, copy: &Arc<Base>) -> Arc<View<Ring>> {
+        let seat = self.seat(disk, digest, crate::cow::Base::<Ring>::size(&**copy));
+        *locked(&seat.copy) = Arc::downgrade(copy);
+        seat.view.clone()
+    }
+
+    /// The seat of `disk` and the image `digest` of `size` bytes.
+    pub fn seat(&self, disk: &Name, digest: Digest, size: u64) -> Arc<Seat> {
+        let made = || Seat {
+            disk: disk.clone(),
+            digest,
+            size,
+            view: Arc::new(View::new(size)),
+            copy: Mutex::default(),
+        };
+        let mut seats = locked(&self.0);
+        seats.entry((disk.clone(), digest)).or_insert_with(|| Arc::new(made())).clone()
+    }
+
+    /// All of them, in no order.
+    pub fn all(&self) -> Vec<Arc<Seat>> {
+        locked(&self.0).values().cloned().collect()
+    }
+
+    /// Forgets what has to do with a disk or an image that is gone.
+    pub fn retain(&self, stays: impl Fn(&Seat) -> bool) {
+        locked(&self.0).retain(|_, seat| stays(seat));
+    }
+}
+
+fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    // Nothing here panics half way through a change.
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}

@@ -1,0 +1,119 @@
+//! An image as the replicas of one disk read it: counted, and with what was promoted to that disk in
+//! front of a copy that lies elsewhere.
+
+use std::{
+    sync::{Arc, OnceLock},
+    time::Instant,
+};
+
+use super::{
+    cache::{Cache, Lease},
+    demand::Demand,
+};
+use crate::{
+    cow::{Base, run_all},
+    error::Result,
+    io::{Buf, Io},
+    units::{self, Chunk},
+};
+
+/// What the replicas of one disk share of an image, beside its copy.
+pub struct View<I: Io> {
+    /// What they read.
+    pub demand: Demand,
+    cache: OnceLock<Arc<Cache<I>>>,
+}
+
+impl<I: Io> View<I> {
+    /// Of an image of `size` bytes, of which nothing is promoted yet.
+    pub fn new(size: u64) -> View<I> {
+        View { demand: Demand::new(size), cache: OnceLock::new() }
+    }
+
+    /// The chunks that were promoted to this disk, if a cache was made for them.
+    pub fn cache(&self) -> Option<&Arc<Cache<I>>> {
+        self.cache.get()
+    }
+
+    /// From now on chunks may be promoted to `cache`; there can be one only.
+    pub fn set_cache(&self, cache: Arc<Cache<I>>) -> &Arc<Cache<I>> {
+        self.cache.get_or_init(|| cache)
+    }
+
+    /// Fills `buf` from `offset` of the image: from the cache what is there, the rest from `copy`.
+    pub async fn read<B: Base<I>>(&self, io: &I, copy: &B, offset: u64, buf: Buf) -> Result<()> {
+        let Some(cache) = self.cache.get() else {
+            return self.read_copy(io, copy, offset, buf).await;
+        };
+        let chunks = Chunk::at(offset).0..units::chunks(offset + buf.len() as u64);
+        if chunks.end - chunks.start == 1 {
+            let lease = cache.lease(Chunk(chunks.start));
+            return self.read_piece(io, copy, cache, lease, offset, buf).await;
+        }
+        let pieces = Pieces { cache, offset, end: offset + buf.len() as u64, next: None };
+        run_all(pieces.map(|(at, len, lease)| {
+            let start = (at - offset) as usize;
+            let piece = buf.slice(start..start + len as usize);
+            self.read_piece(io, copy, cache, lease, at, piece)
+        }))
+        .await
+    }
+
+    async fn read_piece<B: Base<I>>(
+        &self,
+        io: &I,
+        copy: &B,
+        cache: &Cache<I>,
+        lease: Option<Lease<'_>>,
+        offset: u64,
+        buf: Buf,
+    ) -> Result<()> {
+        if let Some(lease) = lease {
+            let (chunk, len, started) = (Chunk::at(offset), buf.len() as u64, Instant::now());
+            if cache.read(io, lease, offset, buf.clone()).await.is_ok() {
+                self.demand.read_cache(chunk, len, started.elapsed());
+                return Ok(());
+            }
+        }
+        self.read_copy(io, copy, offset, buf).await
+    }
+
+    async fn read_copy<B: Base<I>>(&self, io: &I, copy: &B, offset: u64, buf: Buf) -> Result<()> {
+        let (len, started) = (buf.len() as u64, Instant::now());
+        copy.read(io, offset, buf).await?;
+        self.demand.read_copy(offset, len, started.elapsed());
+        Ok(())
+    }
+}
+
+/// A range cut where what answers it changes: a piece for each chunk that is cached, and one for each
+/// run of chunks that isn't.
+struct Pieces<'a, I: Io> {
+    cache: &'a Cache<I>,
+    offset: u64,
+    end: u64,
+    /// The lease on the chunk at `offset`, where the search for the end of a run has found one.
+    next: Option<Lease<'a>>,
+}
+
+impl<'a, I: Io> Iterator for Pieces<'a, I> {
+    type Item = (u64, u64, Option<Lease<'a>>);
+
+    fn next(&mut self) -> Option<Self::Item> {
+        let start = self.offset;
+        if start >= self.end {
+            return None;
+        }
+        let end_of = |offset| (Chunk(Chunk::at(offset).0 + 1)).offset().min(self.end);
+        let lease = self.next.take().or_else(|| self.cache.lease(Chunk::at(start)));
+        self.offset = end_of(start);
+        while lease.is_none() && self.offset < self.end {
+            self.next = self.cache.lease(Chunk::at(self.offset));
+            if self.next.is_some() {
+                break;
+            }
+            self.offset = end_of(self.offset);
+        }
+        Some((start, self.offset - start, lease))
+    }
+}
