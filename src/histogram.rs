@@ -98,6 +98,17 @@ impl Counts {
         self.nanos += other.nanos;
     }
 
+    /// Those that took `nanos` or longer; their sum is that of their buckets' middles.
+    #[must_use]
+    pub fn above(&self, nanos: u64) -> Counts {
+        let mut counts = Counts::default();
+        for at in bucket(nanos)..BUCKETS {
+            counts.buckets[at] = self.buckets[at];
+            counts.nanos += self.buckets[at] * floor(at).midpoint(floor(at + 1));
+        }
+        counts
+    }
+
     /// The mean in nanoseconds; `None` of nothing.
     pub fn mean(&self) -> Option<u64> {
         self.nanos.checked_div(self.total())

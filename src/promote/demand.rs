@@ -29,13 +29,26 @@ pub struct Demand {
     pub cache_bytes: AtomicU64,
 }
 
-/// One chunk's, since they were taken last.
+/// One chunk's: since they were taken last, and in all until then.
 #[derive(Default)]
 struct Cell {
     copy: AtomicU32,
     cache: AtomicU32,
     slow: AtomicU32,
     slow_micros: AtomicU32,
+    all_copy: AtomicU64,
+    all_cache: AtomicU64,
+}
+
+/// Where the reads of one chunk were answered from, since the daemon's start.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Total {
+    /// Which chunk.
+    pub chunk: Chunk,
+    /// Reads that the copy answered.
+    pub copy: u64,
+    /// Reads that the cache answered.
+    pub cache: u64,
 }
 
 /// What was read of one chunk in a tick.
@@ -105,9 +118,20 @@ impl Demand {
                 slow_time: Duration::from_micros(micros.into()),
                 cache: take(&cell.cache),
             };
+            cell.all_copy.fetch_add(touch.copy.into(), Ordering::Relaxed);
+            cell.all_cache.fetch_add(touch.cache.into(), Ordering::Relaxed);
             (touch.copy > 0 || touch.cache > 0).then_some(touch)
         });
         taken.collect()
+    }
+
+    /// What was taken so far, of the chunks that were ever read, in order.
+    pub fn totals(&self) -> impl Iterator<Item = Total> {
+        self.chunks.each().filter_map(|(chunk, cell)| {
+            let copy = cell.all_copy.load(Ordering::Relaxed);
+            let cache = cell.all_cache.load(Ordering::Relaxed);
+            (copy > 0 || cache > 0).then_some(Total { chunk, copy, cache })
+        })
     }
 }
 
@@ -134,7 +158,10 @@ mod tests {
             [touch(0, 1, 1, 0), touch(1, 2, 1, 0), touch(2, 1, 1, 1), touch(999, 1, 0, 0)];
         assert_eq!(demand.take(), expected);
         assert_eq!(demand.take(), []);
-        assert_eq!(demand.copy_bytes.into_inner(), CHUNK + 1024 + 4096 + 512);
-        assert_eq!((demand.copy.counts().total(), demand.cache.counts().total()), (3, 1));
+        demand.read_copy(0, 1, Duration::ZERO);
+        demand.take();
+        assert_eq!(demand.totals().next(), Some(Total { chunk: Chunk(0), copy: 2, cache: 0 }));
+        assert_eq!(demand.copy_bytes.into_inner(), CHUNK + 1024 + 4096 + 512 + 1);
+        assert_eq!((demand.copy.counts().total(), demand.cache.counts().total()), (4, 1));
     }
 }

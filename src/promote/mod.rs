@@ -10,6 +10,7 @@
 pub mod cache;
 pub mod demand;
 mod pages;
+pub mod signal;
 pub mod view;
 
 pub use cache::Cache;

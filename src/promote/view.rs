@@ -117,3 +117,93 @@ impl<'a, I: Io> Iterator for Pieces<'a, I> {
         Some((start, self.offset - start, lease))
     }
 }
+
+#[cfg(test)]
+mod tests {
+    //! Checked: whatever is cached, and whatever comes and goes meanwhile, a read is the image's content;
+    //! and it is counted once in each chunk that it touches.
+
+    use std::cell::Cell;
+
+    use super::*;
+    use crate::{
+        catalog::Digest,
+        io::sim::{End, Sim, SimFile, Task},
+        promote::cache::entry,
+        units::{Block, CHUNK},
+    };
+
+    const CHUNKS: u64 = 5;
+    const SIZE: u64 = CHUNKS * CHUNK - 3584;
+
+    struct Image(SimFile);
+
+    impl Base<Sim> for Image {
+        fn size(&self) -> u64 {
+            SIZE
+        }
+
+        fn is_zero(&self, _: Block) -> bool {
+            false
+        }
+
+        async fn read(&self, io: &Sim, offset: u64, buf: Buf) -> Result<()> {
+            Ok(io.read(&self.0, buf, offset).await.unwrap())
+        }
+    }
+
+    fn content(offset: u64, len: usize) -> Vec<u8> {
+        (offset..offset + len as u64).map(|at| (at >> 7 ^ at >> 16) as u8).collect()
+    }
+
+    #[test]
+    fn reads_are_the_images_wherever_they_come_from() {
+        let (mut far, mut near) = (0, 0);
+        for seed in 0..60 {
+            let sim = Sim::new(seed);
+            let image = Image(sim.create(1, &content(0, SIZE as usize), SIZE));
+            let data = sim.create(512, &[], CHUNKS * CHUNK);
+            let digest = Digest([3; 32]);
+            let table = sim.create(1, &entry::header(&digest, SIZE), entry::file_len(SIZE));
+            let view = View::new(SIZE);
+            let cache = Arc::new(Cache::new("test", data, table, digest, SIZE));
+            let cache = view.set_cache(cache);
+            let touched = Cell::new(0);
+            let mut tasks: Vec<Task> = vec![Box::pin(async {
+                let mut rng = fastrand::Rng::with_seed(seed);
+                for _ in 0..40 {
+                    let chunk = Chunk(rng.u64(0..CHUNKS));
+                    let bytes = Buf::from_bytes(&content(chunk.offset(), cache.len_of(chunk)));
+                    cache.fill(&sim, &[(chunk, bytes)]).await.unwrap();
+                    cache.withdraw(Chunk(rng.u64(0..CHUNKS)));
+                    cache.sweep(&sim).await;
+                }
+            })];
+            for reader in 0..3 {
+                let (sim, view, image, touched) = (&sim, &view, &image, &touched);
+                tasks.push(Box::pin(async move {
+                    let mut rng = fastrand::Rng::with_seed(seed * 3 + reader);
+                    for _ in 0..30 {
+                        let offset = rng.u64(0..SIZE / 512) * 512;
+                        let most = if rng.bool() { 64 } else { 2048 };
+                        let len = (rng.u64(1..=most) * 512).min(SIZE - offset);
+                        let buf = sim.alloc(len as usize);
+                        view.read(sim, image, offset, buf.clone()).await.unwrap();
+                        assert!(buf.to_vec() == content(offset, buf.len()), "{offset}, {len}");
+                        let chunks = units::chunks(offset + len) - Chunk::at(offset).0;
+                        touched.set(touched.get() + chunks);
+                    }
+                }));
+            }
+            assert!(matches!(sim.run(tasks, None), End::Done(_)));
+            assert_eq!(cache.doubts(), 0);
+            let touches = view.demand.take();
+            let copy: u64 = touches.iter().map(|touch| u64::from(touch.copy)).sum();
+            let cached: u64 = touches.iter().map(|touch| u64::from(touch.cache)).sum();
+            assert_eq!(copy + cached, touched.get());
+            far += copy;
+            near += cached;
+        }
+        assert!(far > 1000 && near > 1000, "{far} {near}");
+    }
+}

@@ -164,9 +164,8 @@ fn what_a_crash_leaves_is_whole_or_gone() {
         for life in 0..3 {
             let cache = if life == 0 { &cache } else { &node.cache() };
             if life > 0 {
-                let loading =
-                    async { drop(cache.load(&node.sim, |_, _| true, |_| ready(())).await) };
-                node.run(loading, rng.bool().then(|| rng.u64(0..10)));
+                let steps = rng.bool().then(|| rng.u64(0..10));
+                node.run(load(&node.sim, cache, &Cell::default()), steps);
             }
             let steps = rng.u64(0..120);
             node.sim.run(crowd(&node, cache, &hits, seed + life), Some(steps));
