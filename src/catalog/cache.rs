@@ -108,3 +108,13 @@ impl Node {
         disk.home.ensure(CACHE)
     }
 }
+
+/// Removes every cache in a disk's directory of caches.
+pub(super) fn clear(caches: &Dir) -> Result<()> {
+    for entry in caches.entries(CACHES_MAX)? {
+        if entry.name.to_str().is_some_and(|name| name.parse::<Digest>().is_ok()) {
+            caches.remove_tree(&entry.name)?;
+        }
+    }
+    Ok(())
+}

@@ -187,7 +187,11 @@ impl Disk {
     pub(crate) fn erase(self: Arc<Self>) -> Result<bool> {
         let unused = |dir: &Dir| Ok::<_, Error>(dir.entries(1).is_ok_and(|all| all.is_empty()));
         let cache = self.home.ensure(CACHE)?;
-        if !unused(&self.images)? || !unused(&self.replicas)? || !unused(&cache)? {
+        if !unused(&self.images)? || !unused(&self.replicas)? {
+            return Ok(false);
+        }
+        super::cache::clear(&cache)?;
+        if !unused(&cache)? {
             return Ok(false);
         }
         let own = [DISK_JSON, LOCK, IMAGES, REPLICAS, CACHE].map(OsStr::new);

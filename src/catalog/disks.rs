@@ -47,6 +47,8 @@ pub struct DiskOptions {
     pub tier: Option<Tier>,
     /// What it is for; by default `Direct`.
     pub placement: Option<Placement>,
+    /// What promoted chunks may take there, in bytes; by default a share of the disk.
+    pub cache: Option<u64>,
 }
 
 /// What became of a disk's files when the node forgot it.
@@ -134,6 +136,7 @@ impl Node {
                     name: known.name.clone(),
                     tier: options.tier,
                     pool: options.placement == Some(Placement::Pool),
+                    cache: options.cache,
                     created: record::now(),
                 };
                 (Disk::init(&path, &record, self.0.steps.clone())?, record)
@@ -164,6 +167,7 @@ impl Node {
         };
         let before = record.clone();
         record.tier = options.tier.or(record.tier);
+        record.cache = options.cache.or(record.cache);
         record.pool = options.placement.map_or(record.pool, |to| to == Placement::Pool);
         if record.pool && !replicas.is_empty() {
             return Err(Error::new(

@@ -7,6 +7,7 @@
 //! image.rs     images: looking them up, opening and removing them
 //! replica.rs   replicas: making, opening and removing them
 //! cache.rs     caches of promoted chunks: making, finding and removing them
+//! profile.rs   what was read of images, and what stays in caches
 //! fsck.rs      what is inconsistent, and mending it
 //! report.rs    the node's figures
 //!    |
@@ -40,6 +41,7 @@ mod image;
 mod media;
 mod name;
 mod node;
+mod profile;
 mod record;
 mod replica;
 mod report;
@@ -61,6 +63,7 @@ pub use image::{OpenCopy, Unnamed};
 pub use media::Tier;
 pub use name::{Digest, NAME_MAX, Name};
 pub use node::Node;
+pub use profile::{Pin, Profile};
 pub use replica::{NewReplica, OpenReplica, REPLICA_MAX, Removed};
 pub use scan::RESUME_JSON;
 pub use stage::{ImageMeta, StagedCopy};

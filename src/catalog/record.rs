@@ -44,6 +44,9 @@ pub(crate) struct DiskRecord {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub tier: Option<Tier>,
     pub pool: bool,
+    /// What promoted chunks may take, in bytes; only if somebody set it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cache: Option<u64>,
     pub created: u64,
 }
 

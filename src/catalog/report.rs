@@ -183,6 +183,7 @@ fn disk_status(view: &View, slot: &Slot) -> DiskStatus {
         id,
         path: slot.known.path.clone(),
         tier: None,
+        cache_bytes: None,
         pool: slot.is_pool(),
         state: DiskState::Present,
         reason: None,
@@ -196,6 +197,7 @@ fn disk_status(view: &View, slot: &Slot) -> DiskStatus {
     match &slot.at {
         Attachment::Here(disk, record) => {
             status.tier = record.tier.or(disk.media.tier);
+            status.cache_bytes = record.cache;
             let others = view.disks.iter().filter(|other| other.known.id != id);
             let same = others.filter(|other| {
                 other.here().is_some_and(|other| other.media.fails_with(&disk.media))

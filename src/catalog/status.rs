@@ -45,6 +45,8 @@ pub struct DiskStatus {
     pub tier: Option<Tier>,
     /// Images only, no replicas.
     pub pool: bool,
+    /// What promoted chunks may take there, if somebody set it.
+    pub cache_bytes: Option<u64>,
     /// Whether it serves.
     pub state: DiskState,
     /// Why it doesn't, and what to do.

@@ -44,6 +44,9 @@ pub struct Add {
     /// How fast it is; found out otherwise.
     #[arg(long)]
     tier: Option<Speed>,
+    /// What promoted chunks may take there, 0 for nothing; a share of the disk otherwise.
+    #[arg(long, value_name = "SIZE", value_parser = super::bytes)]
+    cache: Option<u64>,
 }
 
 /// A tier, as it is written on the command line.
@@ -99,6 +102,7 @@ impl Disk {
                     name: add.name.map(String::from),
                     tier: add.tier.map(Tier::from),
                     pool: add.pool,
+                    cache_bytes: add.cache,
                 };
                 let disk: DiskStatus = client.post("/v1/disks", &request).await?;
                 setting.show(&disk, |disk| {
@@ -167,6 +171,7 @@ fn details(disk: &DiskStatus) -> String {
             format!("{} of {}", size::format(disk.free_bytes), size::format(disk.total_bytes)),
         ),
         ("stored", size::format(disk.stored_bytes)),
+        ("cache", disk.cache_bytes.map_or("a share".to_owned(), size::format)),
         ("images", disk.images.to_string()),
         ("replicas", disk.replicas.to_string()),
     ];

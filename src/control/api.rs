@@ -24,6 +24,8 @@ pub struct AddDisk {
     /// Images only, no replicas.
     #[serde(default)]
     pub pool: bool,
+    /// What promoted chunks may take there, in bytes, 0 for nothing; a share of the disk otherwise.
+    pub cache_bytes: Option<u64>,
 }
 
 /// An image to import from something that the daemon can read itself.

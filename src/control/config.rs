@@ -40,6 +40,12 @@ pub struct Config {
     pub image_io: Caching,
     /// Whether overlays go through the page cache.
     pub overlay_io: Caching,
+    /// Percent of each disk that promoted chunks may take, unless the disk says otherwise; 0: none.
+    pub cache_percent: u64,
+    /// MiB a second that promotion may write to each disk.
+    pub promote_mib: u64,
+    /// Whether to start the agent with the probes.
+    pub probes: bool,
     /// Seconds that a stopping daemon gives its clients to finish.
     pub stop_seconds: u64,
 }
@@ -68,6 +74,9 @@ struct File {
     poll_us: Option<u64>,
     image_io: Option<Caching>,
     overlay_io: Option<Caching>,
+    cache_percent: Option<u64>,
+    promote_mib: Option<u64>,
+    probes: Option<bool>,
     stop_seconds: Option<u64>,
 }
 
@@ -85,6 +94,9 @@ impl Config {
             poll_us: 400,
             image_io: Caching::Cached,
             overlay_io: Caching::Direct,
+            cache_percent: 5,
+            promote_mib: 64,
+            probes: true,
             stop_seconds: 20,
         }
     }
@@ -125,6 +137,9 @@ impl Config {
             poll_us: file.poll_us.unwrap_or(default.poll_us),
             image_io: file.image_io.unwrap_or(default.image_io),
             overlay_io: file.overlay_io.unwrap_or(default.overlay_io),
+            cache_percent: file.cache_percent.unwrap_or(default.cache_percent),
+            promote_mib: file.promote_mib.unwrap_or(default.promote_mib),
+            probes: file.probes.unwrap_or(default.probes),
             stop_seconds: file.stop_seconds.unwrap_or(default.stop_seconds),
         };
         for (key, path) in [
@@ -144,6 +159,10 @@ impl Config {
                 Kind::Invalid,
                 "threads is at most 1024, poll_us at most 100000 and stop_seconds at most 3600",
             ));
+        }
+        if config.cache_percent > 90 || !(1..=1 << 20).contains(&config.promote_mib) {
+            let what = "cache_percent is at most 90, promote_mib from 1 to 1048576";
+            return Err(Error::new(Kind::Invalid, what));
         }
         Ok(config)
     }
@@ -204,6 +223,8 @@ mod tests {
             ("threads = \"many\"", "line 1"),
             ("threads = 100000", "1024"),
             ("poll_us = 1000000", "100000"),
+            ("cache_percent = 91", "90"),
+            ("promote_mib = 0", "1048576"),
             ("overlay_io = \"quick\"", "quick"),
             ("metrics = \"nowhere\"", "nowhere"),
             ("socket = \"underlay.sock\"", "socket"),

@@ -179,6 +179,7 @@ impl Service {
             name: parsed(disk.name)?,
             tier: disk.tier,
             placement: disk.pool.then_some(Placement::Pool),
+            cache: disk.cache_bytes,
         };
         let node = self.node.clone();
         let added = blocking(move || node.add_disk(&disk.path, options)).await?;

@@ -141,7 +141,13 @@ async fn show(stage: &Stage, image: Option<PathBuf>, told: &Told) -> Result<Repo
     for (disk, _) in DISKS {
         let path = stage.place.join(&format!("disk-{disk}"));
         fs::create_dir(&path).context(|| format!("making {}", path.display()))?;
-        let add = AddDisk { path, name: Some(disk.to_owned()), tier: None, pool: false };
+        let add = AddDisk {
+            path,
+            name: Some(disk.to_owned()),
+            tier: None,
+            pool: false,
+            cache_bytes: None,
+        };
         let _: DiskStatus = stage.client.post("/v1/disks", &add).await?;
     }
     told.step("disks a, b and c are added (directories here; mount points in earnest)")?;
