@@ -17,7 +17,7 @@ const PINS_JSON: &str = "pins.json";
 /// Profiles that a node keeps.
 const PROFILES_MAX: usize = 65_536;
 /// Runs of chunks in a profile: what fits a record.
-pub const RUNS_MAX: usize = RECORD_MAX / 24;
+pub const RUNS_MAX: usize = RECORD_MAX / 64;
 
 /// An image's recorded accesses.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
