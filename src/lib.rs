@@ -19,6 +19,7 @@
 //!
 //! Invariants between the modules:
 //! - `cow` names no front end, no ring and no path: it is generic over [`io::Io`].
+//! - The policy of `promote` is pure: it names no path, no ring and no clock.
 //! - Front ends open no file: they are handed a [`blockdev::Device`].
 //! - `unsafe` is found in `io` only, where the code meets the kernel.
 
