@@ -6,6 +6,9 @@
 //! the same factor, so the order of ranks is the order of heats for as long as nothing is touched: a
 //! touch costs O(log n), the hottest and the coldest are exact, and nothing ever walks the table.
 //!
+//! Heat saturates at [`MOST`] touches, so that a favourite of many days does not hold its place for hours
+//! after its day; among the saturated the one touched last is the hottest.
+//!
 //! Invariants:
 //! - One chunk, one entry, in one [`State`]; an entry that is not pinned is in the order of its image and
 //!   state (known or cached), a pinned one, or one on its way in or out, in none.
@@ -13,9 +16,13 @@
 //!   cached, on its way or pinned is never forgotten.
 //! - No clock: the caller says what time it is, and time doesn't run backwards.
 
+use std::cmp::Reverse;
 use std::collections::{BTreeMap, BTreeSet};
 
 use crate::units::Chunk;
+
+/// The most that a chunk's heat comes to.
+pub const MOST: f64 = 16.0;
 
 /// A chunk of an image, by the handle under which the caller knows the image.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -85,10 +92,11 @@ struct Entry {
     pinned: bool,
 }
 
-/// The entries of one image that compete with others, coldest first.
+/// The entries of one image that compete with others, coldest first. Of equals among the known, the first
+/// of the image is the hottest, so that a boot is promoted in its order.
 #[derive(Default)]
 struct Orders {
-    known: BTreeSet<(Rank, Chunk)>,
+    known: BTreeSet<(Rank, Reverse<Chunk>)>,
     cached: BTreeSet<(Rank, Chunk)>,
 }
 
@@ -163,7 +171,8 @@ impl Heat {
             return self.forget_beyond();
         };
         if entry.touched != Some(now) {
-            let rank = if entry.touched.is_some() { entry.rank.plus(now) } else { now };
+            let sum = if entry.touched.is_some() { entry.rank.plus(now) } else { now };
+            let rank = sum.min(now.times(Rank::factor(MOST)));
             self.change(key, |entry| (entry.rank, entry.touched) = (rank, Some(now)));
         }
     }
@@ -218,7 +227,7 @@ impl Heat {
 
     /// The hottest chunk of an image that is not in the cache, nor on its way.
     pub fn hottest_known(&self, image: u32) -> Option<(Rank, Key)> {
-        let &(rank, chunk) = self.orders.get(&image)?.known.last()?;
+        let &(rank, Reverse(chunk)) = self.orders.get(&image)?.known.last()?;
         Some((rank, Key { image, chunk }))
     }
 
@@ -232,12 +241,12 @@ impl Heat {
     pub fn hottest(&self, count: usize) -> Vec<(Rank, Key, State)> {
         let mut all = Vec::new();
         for (&image, orders) in &self.orders {
-            for (order, state) in [(&orders.known, State::Known), (&orders.cached, State::Cached)] {
-                let top = order.iter().rev().take(count);
-                all.extend(top.map(|&(rank, chunk)| (rank, Key { image, chunk }, state)));
-            }
+            let known = orders.known.iter().rev().take(count);
+            all.extend(known.map(|&(rank, chunk)| (rank, Key { image, chunk: chunk.0 }, State::Known)));
+            let cached = orders.cached.iter().rev().take(count);
+            all.extend(cached.map(|&(rank, chunk)| (rank, Key { image, chunk }, State::Cached)));
         }
-        all.sort_by_key(|&(rank, key, _)| (std::cmp::Reverse(rank), key));
+        all.sort_by_key(|&(rank, key, _)| (Reverse(rank), key));
         all.truncate(count);
         all
     }
@@ -245,7 +254,7 @@ impl Heat {
     fn forget_beyond(&mut self) {
         while self.ordered > self.limit {
             let coldest = self.orders.iter().filter_map(|(&image, orders)| {
-                orders.known.first().map(|&(rank, chunk)| (rank, Key { image, chunk }))
+                orders.known.first().map(|&(rank, Reverse(chunk))| (rank, Key { image, chunk }))
             });
             let Some((_, key)) = coldest.min() else { return };
             self.forget(key);
@@ -275,7 +284,7 @@ impl Heat {
         }
         match entry.state {
             State::Known => {
-                self.orders.entry(key.image).or_default().known.insert((entry.rank, key.chunk));
+                self.orders.entry(key.image).or_default().known.insert((entry.rank, Reverse(key.chunk)));
                 self.ordered += 1;
             }
             State::Cached => {
@@ -288,7 +297,7 @@ impl Heat {
     fn take_out(&mut self, key: Key, entry: Entry) {
         self.tally(entry.state, -1);
         let Some(orders) = self.orders.get_mut(&key.image) else { return };
-        if orders.known.remove(&(entry.rank, key.chunk)) {
+        if orders.known.remove(&(entry.rank, Reverse(key.chunk))) {
             self.ordered -= 1;
         }
         orders.cached.remove(&(entry.rank, key.chunk));
@@ -341,6 +350,15 @@ mod tests {
         let rank = heat.rank(key(1)).unwrap();
         assert!((rank.heat(at(1_000)) - 1.5).abs() < 1e-5);
         assert!((rank.heat(at(3_000)) - 0.375).abs() < 1e-5);
+    }
+
+    #[test]
+    fn heat_saturates_and_then_the_last_touch_decides() {
+        let mut heat = Heat::new(10);
+        (0..1_000).for_each(|time| heat.touch(key(1), at(time)));
+        assert!((heat.rank(key(1)).unwrap().heat(at(999)) - MOST).abs() < 1e-3);
+        (980..1_100).for_each(|time| heat.touch(key(2), at(time)));
+        assert_eq!(heat.hottest_known(1).unwrap().1, key(2));
     }
 
     #[test]

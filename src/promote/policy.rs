@@ -337,7 +337,8 @@ impl Policy {
         for hit in tick.hits {
             let saves = self.gains.saves(hit.key.image);
             self.totals.hits += u64::from(hit.reads);
-            self.totals.saved = self.totals.saved.saturating_add(u64::from(hit.reads) * saves);
+            let saved = saves.saturating_mul(u64::from(hit.reads));
+            self.totals.saved = self.totals.saved.saturating_add(saved);
         }
         for miss in tick.touches {
             let local = self.gains.local().saturating_mul(u64::from(miss.reads));
@@ -375,7 +376,6 @@ impl Policy {
             let (rank, key) = self.heat.hottest_known(image).filter(|&(rank, _)| rank >= earned)?;
             Some((rank.times(self.gains.factor(image)), key))
         });
-        // Of equals the first of the image, so that a boot is promoted in its order.
         hottest.max_by_key(|&(score, key)| (score, std::cmp::Reverse(key)))
     }
 

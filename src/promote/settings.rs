@@ -26,9 +26,9 @@ pub struct Settings {
 impl Default for Settings {
     fn default() -> Settings {
         Settings {
-            half_life: Duration::from_secs(600),
+            half_life: Duration::from_secs(1800),
             admission: 2,
-            edge: 1.25,
+            edge: 1.1,
             long_run: 16,
             margin: Margin { start: 2.0, stop: 1.25, least: 50_000 },
         }
