@@ -5,7 +5,7 @@
 //! next one, at no cost. Ours decides once a second: what a second touched is there from the next second
 //! on, if the budget allows.
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 use std::time::Duration;
 
 use underlay::promote::gain::Latency;
@@ -51,12 +51,19 @@ impl Who {
 pub struct Figures {
     pub accesses: u64,
     pub hits: u64,
+    /// Hits of what was there before the second began.
+    pub settled: u64,
     pub written: u64,
 }
 
 impl Figures {
     pub fn hit_rate(&self) -> f64 {
         100.0 * self.hits as f64 / self.accesses.max(1) as f64
+    }
+
+    /// The hit rate if what a second inserts could be read from the next second on only.
+    pub fn settled_rate(&self) -> f64 {
+        100.0 * self.settled as f64 / self.accesses.max(1) as f64
     }
 
     pub fn seconds_saved(&self) -> f64 {
@@ -82,10 +89,17 @@ pub fn run(who: Who, accesses: &[Access], size: usize, chunk: u64, settings: Set
         }
     };
     let mut figures = Figures { accesses: accesses.len() as u64, ..Figures::default() };
+    let mut since = HashMap::new();
     for access in accesses {
         match cache.access(access.chunk) {
-            Outcome::Hit => figures.hits += 1,
-            Outcome::Inserted => figures.written += 1,
+            Outcome::Hit => {
+                figures.hits += 1;
+                figures.settled += u64::from(since.get(&access.chunk) < Some(&access.second));
+            }
+            Outcome::Inserted => {
+                figures.written += 1;
+                since.insert(access.chunk, access.second);
+            }
             Outcome::Passed => {}
         }
     }
@@ -111,6 +125,7 @@ fn ours(accesses: &[Access], size: usize, chunk: u64, settings: Settings) -> Fig
             }
         }
         figures.hits += hits.len() as u64;
+        figures.settled = figures.hits;
         // The seconds without a read between, as the ticks that they are; the last is the one with reads.
         for idle in (0..=second[0].second - before).rev() {
             let (hits, touches): (&[_], &[_]) = if idle == 0 { (&hits, &touches) } else { (&[], &[]) };

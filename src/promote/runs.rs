@@ -112,7 +112,7 @@ mod tests {
         let mut runs = Runs::new(4);
         assert_eq!(sift(&mut runs, 10..20), (10..20).collect::<Vec<_>>());
         assert_eq!(sift(&mut runs, 19..22), [20, 21]);
-        assert_eq!(sift(&mut runs, 21..22), [], "the same chunk, tick after tick");
+        assert!(sift(&mut runs, 21..22).is_empty(), "the same chunk, tick after tick");
         assert_eq!(sift(&mut runs, 21..23), [22]);
     }
 
