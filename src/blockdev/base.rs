@@ -65,6 +65,12 @@ impl<I: Io> BaseImage<I> {
         &self.disk
     }
 
+    /// Whether a chunk is known to be all zeros; so is all that lies past the end.
+    pub fn is_zero_chunk(&self, chunk: Chunk) -> bool {
+        let content = usize::try_from(chunk.0).ok().and_then(|number| self.chunks.get(number));
+        content.is_none_or(|content| content.zeros == u64::MAX)
+    }
+
     /// The CRC-32 that a chunk's content must have; `None` past the end.
     pub fn crc(&self, chunk: Chunk) -> Option<u32> {
         Some(self.chunks.get(usize::try_from(chunk.0).ok()?)?.crc)

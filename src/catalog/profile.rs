@@ -90,9 +90,7 @@ impl Node {
             Err(error) if error.kind() == Kind::NotFound => Ok(None),
             Err(error) => Err(error),
         }
-        .map_err(|error| {
-            error.within(format!("the profile of image {digest} (record it again)"))
-        })
+        .map_err(|error| error.within(format!("the profile of image {digest} (record it again)")))
     }
 
     /// The images that have a profile.

@@ -7,14 +7,18 @@ pub mod out;
 pub mod size;
 
 mod attach;
+mod cache;
 mod demo;
 mod disk;
 mod doctor;
 mod fsck;
+mod heatmap;
 mod image;
+mod profile;
 mod replica;
 mod serve;
 mod status;
+mod top;
 
 use std::{ffi::OsString, io::Write, path::PathBuf, process::ExitCode};
 
@@ -68,6 +72,12 @@ enum Command {
     Attach(attach::Attach),
     Detach(attach::Detach),
     Status(status::Status),
+    Top(top::Top),
+    #[command(subcommand)]
+    Cache(cache::Cache),
+    #[command(subcommand)]
+    Profile(profile::Profile),
+    Heatmap(heatmap::Heatmap),
     Fsck(fsck::Fsck),
     Doctor(doctor::Doctor),
     Demo(demo::Demo),
@@ -141,6 +151,10 @@ fn dispatch(command: Command, setting: Setting) -> Result<Outcome> {
             Command::Attach(command) => command.run(&setting).await,
             Command::Detach(command) => command.run(&setting).await,
             Command::Status(command) => command.run(&setting).await,
+            Command::Top(command) => command.run(&setting).await,
+            Command::Cache(command) => command.run(&setting).await,
+            Command::Profile(command) => command.run(&setting).await,
+            Command::Heatmap(command) => command.run(&setting).await,
             Command::Fsck(command) => command.run(&setting).await,
             Command::Doctor(command) => command.run(&setting).await,
             Command::Demo(command) => command.run(&setting).await,

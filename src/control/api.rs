@@ -3,8 +3,11 @@
 //! Names arrive as text and become [`Name`](crate::catalog::Name)s in the handlers, so that a bad
 //! one is refused with the words that say what is allowed.
 
+mod promotion;
+
 use std::path::PathBuf;
 
+pub use promotion::*;
 use serde::{Deserialize, Serialize};
 use utoipa::{IntoParams, ToSchema};
 

@@ -114,7 +114,7 @@ impl Exports {
     }
 
     /// The image of this digest, opened unless it is open.
-    async fn base(&self, digest: Digest) -> Result<Arc<Base>> {
+    pub async fn base(&self, digest: Digest) -> Result<Arc<Base>> {
         let slot = {
             let mut bases = locked(&self.bases);
             // Slots of images that nobody uses any more, and nobody is about to open.

@@ -28,6 +28,7 @@ mod attachments;
 mod exports;
 mod job;
 mod metrics;
+mod promotion;
 mod routes;
 mod tails;
 mod upload;

@@ -4,6 +4,8 @@
 //! Handlers hold no logic of their own: they check who asks and what is asked in which form, and
 //! hand it to the [`Service`].
 
+mod promotion;
+
 use std::{
     os::unix::fs::{MetadataExt, OpenOptionsExt},
     sync::Arc,
@@ -57,6 +59,20 @@ pub fn router(service: Arc<Service>) -> Router {
         .route("/v1/replicas/{name}/resize", post(resize_replica))
         .route("/v1/attachments", get(list_attachments).post(attach))
         .route("/v1/attachments/detach", post(detach))
+        .route("/v1/caches", get(promotion::list_caches))
+        .route("/v1/caches/{name}", get(promotion::inspect_cache))
+        .route("/v1/promotion/clear", post(promotion::clear_caches))
+        .route("/v1/promotion/pin", post(promotion::pin))
+        .route("/v1/promotion/unpin", post(promotion::unpin))
+        .route("/v1/promotion/warm", post(promotion::warm))
+        .route("/v1/profiles", get(promotion::list_profiles))
+        .route(
+            "/v1/profiles/{name}",
+            get(promotion::inspect_profile).delete(promotion::remove_profile),
+        )
+        .route("/v1/profiles/{name}/record", post(promotion::record_profile))
+        .route("/v1/images/{name}/heat", get(promotion::heat))
+        .route("/v1/activity", get(promotion::activity))
         .route("/v1/fsck", post(fsck))
         .route("/openapi.json", get(openapi))
         .route("/metrics", get(metrics))
@@ -100,6 +116,18 @@ pub fn router(service: Arc<Service>) -> Router {
         list_attachments,
         attach,
         detach,
+        promotion::list_caches,
+        promotion::inspect_cache,
+        promotion::clear_caches,
+        promotion::pin,
+        promotion::unpin,
+        promotion::warm,
+        promotion::list_profiles,
+        promotion::inspect_profile,
+        promotion::remove_profile,
+        promotion::record_profile,
+        promotion::heat,
+        promotion::activity,
         fsck,
         metrics,
         openapi
@@ -407,7 +435,7 @@ mod tests {
                 described.push(format!("{method} {path}"));
             }
         }
-        assert_eq!(described.len(), 22, "{described:?}");
+        assert_eq!(described.len(), 34, "{described:?}");
         // References within the document lead somewhere.
         let text = document.to_string();
         for reference in text.split("\"$ref\":\"#/components/schemas/").skip(1) {

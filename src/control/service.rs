@@ -27,9 +27,11 @@ use crate::{
         exports::{Caches, Exports, IMAGE, REPLICA},
         job::Jobs,
         metrics::Metrics,
+        promotion::Promotion,
         socket::Socket,
         tails::Tails,
-        work::{Import, Verify},
+        views::Views,
+        work::{Import, Recording, Verify},
     },
     cow::Overlay,
     error::{Context, Error, Kind, Result},
@@ -45,6 +47,7 @@ pub struct Service {
     node: Node,
     exports: Arc<Exports>,
     attachments: Arc<Attachments>,
+    promotion: Arc<Promotion>,
     server: Arc<nbd::Server>,
     metrics: Metrics,
     jobs: Jobs,
@@ -75,8 +78,10 @@ impl Service {
         })?);
         let caching = Caches { images: config.image_io, overlays: config.overlay_io };
         let tails = Tails::beside(&config.socket);
+        let views: Arc<Views> = Arc::default();
         let exports =
-            Arc::new(Exports::new(node.clone(), rings.clone(), caching, tails, Arc::default()));
+            Arc::new(Exports::new(node.clone(), rings.clone(), caching, tails, views.clone()));
+        let promotion = Promotion::start(config, node.clone(), exports.clone(), views)?;
         let listener = tokio::net::UnixListener::from_std(socket.listener()?)
             .context(|| "listening on the NBD socket")?;
         let server = Arc::new(nbd::Server::start(listener, rings.clone(), exports.clone()));
@@ -88,6 +93,7 @@ impl Service {
             node,
             exports,
             attachments,
+            promotion,
             server,
             metrics: Metrics::default(),
             jobs: Jobs::default(),
@@ -96,6 +102,11 @@ impl Service {
             started: Instant::now(),
             created_in: Mutex::default(),
         }))
+    }
+
+    /// Caches and what is promoted to them.
+    pub(super) fn promotion(&self) -> &Arc<Promotion> {
+        &self.promotion
     }
 
     /// The long work under way.
@@ -267,6 +278,9 @@ impl Service {
         let (node, by) = (self.node.clone(), name.clone());
         let unnamed = blocking(move || node.remove_image(&by)).await?;
         tracing::info!(image = %name, ?unnamed, "image name removed");
+        if unnamed == catalog::Unnamed::Removed {
+            self.promotion.forget(image.status.digest).await;
+        }
         let note = match unnamed {
             catalog::Unnamed::Removed => None,
             catalog::Unnamed::Kept => Some("the image has other names and is kept".to_owned()),
@@ -391,6 +405,35 @@ impl Service {
         .await?;
         tracing::info!(replica = %name, size, "replica resized");
         self.replica(name).await
+    }
+
+    /// Empties caches.
+    pub async fn clear_caches(&self, clear: ClearCache) -> Result<Cleared> {
+        let disk = parsed(clear.disk)?;
+        if let Some(disk) = &disk {
+            self.disk(disk.clone()).await?;
+        }
+        let digest = match parsed(clear.image)? {
+            Some(image) => Some(self.image(image).await?.status.digest),
+            None => None,
+        };
+        Ok(self.promotion.clear(disk.as_ref(), digest))
+    }
+
+    /// A disk and an image, by what a client calls them.
+    pub async fn disk_and_image(&self, disk: &str, image: &str) -> Result<(Name, catalog::Digest)> {
+        let disk = self.disk(disk.parse()?).await?.name;
+        Ok((disk, self.image(image.parse()?).await?.status.digest))
+    }
+
+    /// Begins to record what is read of an image.
+    pub async fn prepare_recording(&self, name: Name, length: Duration) -> Result<Recording> {
+        let digest = self.image(name.clone()).await?.status.digest;
+        if !self.promotion.begin_recording(digest) {
+            let what = format!("image {name}: its profile is being recorded; wait for that to end");
+            return Err(Error::new(Kind::InUse, what));
+        }
+        Ok(Recording { promotion: self.promotion.clone(), digest, length })
     }
 
     /// Every export that is a block device.

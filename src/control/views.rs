@@ -9,6 +9,7 @@ use std::{
 use crate::{
     blockdev::BaseImage,
     catalog::{Digest, Name},
+    histogram::Counts,
     io::Ring,
     promote::View,
 };
@@ -31,9 +32,25 @@ pub struct Seat {
     /// What the replicas read through.
     pub view: Arc<View<Ring>>,
     copy: Mutex<Weak<Base>>,
+    /// What of the demand was told already: reads of the copy, and of the cache.
+    told: Mutex<(Counts, Counts)>,
 }
 
 impl Seat {
+    /// The reads of the copy, and of the cache, since this was asked last.
+    pub fn news(&self) -> (Counts, Counts) {
+        let now = (self.view.demand.copy.counts(), self.view.demand.cache.counts());
+        let mut told = locked(&self.told);
+        let news = (now.0.since(&told.0), now.1.since(&told.1));
+        *told = now;
+        news
+    }
+
+    /// The disk of the copy that the replicas read, while any of them is open.
+    pub fn copy_disk(&self) -> Option<Name> {
+        self.copy()?.disk().parse().ok()
+    }
+
     /// The copy that the replicas read, while any of them is open.
     pub fn copy(&self) -> Option<Arc<Base>> {
         locked(&self.copy).upgrade()
@@ -56,9 +73,15 @@ impl Views {
             size,
             view: Arc::new(View::new(size)),
             copy: Mutex::default(),
+            told: Mutex::default(),
         };
         let mut seats = locked(&self.0);
-        seats.entry((disk.clone(), digest)).or_insert_with(|| Arc::new(made())).clone()
+        let seat = seats.entry((disk.clone(), digest)).or_insert_with(|| Arc::new(made()));
+        if seat.view.cache().is_some_and(|cache| cache.is_closed()) {
+            // It was given up with its disk, and that is back.
+            *seat = Arc::new(made());
+        }
+        seat.clone()
     }
 
     /// All of them, in no order.

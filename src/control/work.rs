@@ -3,18 +3,23 @@
 //! Preparing tells what is wrong with the request itself, before any content is read. What was
 //! prepared and never begun leaves nothing behind.
 
-use std::{sync::Arc, time::Instant};
+use std::{
+    sync::{Arc, atomic::Ordering},
+    time::{Duration, Instant},
+};
 
 use crate::{
     catalog::{Digest, ImageMeta, Name, OpenCopy, StagedCopy},
     control::{
-        api::{ImageView, Verification},
+        api::{ImageView, ProfileView, Verification},
         event::Progress,
         job::Job,
+        promotion::Promotion,
         service::Service,
     },
     error::Result,
     image::{self, ChunkTable, Format, ImportRequest, Source},
+    units::CHUNK,
 };
 
 /// Damaged chunks that a verification names.
@@ -95,5 +100,38 @@ impl From<image::Progress> for Progress {
             total_bytes: progress.total_bytes,
             source_bytes: progress.source_bytes,
         }
+    }
+}
+
+/// A recording that has begun.
+pub struct Recording {
+    pub(super) promotion: Arc<Promotion>,
+    pub(super) digest: Digest,
+    pub(super) length: Duration,
+}
+
+impl Recording {
+    /// Waits until it has its length, or is told to stop, and keeps what was read. Blocks.
+    pub fn run(self, job: &Job) -> Result<ProfileView> {
+        let started = Instant::now();
+        while started.elapsed() < self.length && !job.cancel().load(Ordering::Acquire) {
+            let left = self.length.saturating_sub(started.elapsed());
+            std::thread::sleep(left.min(Duration::from_millis(100)));
+            let bytes = self.promotion.recorded(self.digest) as u64 * CHUNK;
+            job.report(Progress {
+                phase: format!("recording, {} s left", left.as_secs()),
+                done_bytes: bytes,
+                total_bytes: None,
+                source_bytes: 0,
+            });
+        }
+        self.promotion.end_recording(self.digest)
+    }
+}
+
+impl Drop for Recording {
+    fn drop(&mut self) {
+        // One that never ran must not go on for ever.
+        self.promotion.drop_recording(self.digest);
     }
 }

@@ -1,25 +1,37 @@
-//! Promotion: chunks that are read from a slow disk are copied to the disk of those who read them.
+//! Promotion: hot chunks of an image are copied from the disk that holds it to the disks of those who
+//! read them.
 //!
 //! ```text
-//! replicas of disk B ──► View ──► Cache (on B)          what is there
-//!                         │  └──► copy (on A)           the rest
+//! replicas of disk B ──► View ──► Cache (on B)               what is there
+//!                         │  └──► copy (on A)                the rest
 //!                         ▼
-//!                       Demand ──► policy ──► fill, withdraw, sweep the cache
-//!                                    ▲                     │
-//!                                    └── promoted, failed, dropped
+//!        touches, hits: Demand          latencies: Signals   limits
+//!                         └──────────► Policy::tick ◄────────┘
+//!                                        │       ▲
+//!              Decisions { evict, promote }      └── promoted, failed, dropped, adopt
+//!                                        ▼
+//!                                 mover: fill, withdraw, sweep the cache
 //! ```
 //!
-//! What decides is [`policy`], of which there is one for each reader disk: [`heat`] is how often a chunk was
-//! touched of late, [`runs`] makes a long pass count once, [`gain`] is what a local read would save,
-//! [`settings`] what a policy is told once.
+//! - [`view`], [`cache`], [`mover`] do I/O, through [`Io`](crate::io::Io) alone: the code that serves guests
+//!   is the code that the simulator runs.
+//! - [`demand`]: what is read, counted without a lock; [`signal`]: how fast disks are.
+//! - [`heat`]: how often a chunk was touched of late, and the order of all that is known;
+//!   [`runs`]: what a long sequential pass touches twice counts once; [`gain`]: what reading an image from
+//!   the local disk would save, and whether it is worth a write; [`policy`]: the decisions, within
+//!   capacity and budget; [`settings`]: what it can be told.
 //!
-//! Invariant: these five are pure. They name no clock, no path, no ring and nothing random; the same calls
-//! in the same order give the same decisions.
+//! Invariants:
+//! - The policy and what it stands on are pure: no clock, no path, no ring, no randomness. The same
+//!   calls in the same order give the same decisions.
+//! - One [`Policy`] serves one reader disk, and knows images by handles that its caller gives out.
+//! - A cache is disposable: whatever happens to it, reads are the image's content.
 
 pub mod cache;
 pub mod demand;
 pub mod gain;
 pub mod heat;
+pub mod mover;
 mod pages;
 pub mod policy;
 pub mod runs;
@@ -34,7 +46,7 @@ mod scenarios;
 
 pub use cache::Cache;
 pub use demand::Demand;
-pub use heat::Key;
-pub use policy::Policy;
+pub use heat::{Key, State};
+pub use policy::{Decisions, Policy, Tick, Touch};
 pub use settings::Settings;
 pub use view::View;

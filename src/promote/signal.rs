@@ -3,7 +3,10 @@
 //! Two sources: the probes, which see what the device did, and the service's own timing, which sees how
 //! long a read took, and must guess from that whether it came from memory.
 
-use std::collections::{HashMap, VecDeque};
+use std::{
+    collections::{HashMap, VecDeque},
+    hash::Hash,
+};
 
 use super::demand::FROM_MEMORY;
 use crate::{catalog::Tier, histogram::Counts};
@@ -14,7 +17,7 @@ const WINDOW: usize = 10;
 const ENOUGH: u64 = 8;
 
 /// Latencies of disks, by name.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct Signals<K> {
     disks: HashMap<K, Windows>,
 }
@@ -51,7 +54,13 @@ pub struct Latency {
     pub origin: Origin,
 }
 
-impl<K: std::hash::Hash + Eq + Clone> Signals<K> {
+impl<K> Default for Signals<K> {
+    fn default() -> Signals<K> {
+        Signals { disks: HashMap::new() }
+    }
+}
+
+impl<K: Hash + Eq + Clone> Signals<K> {
     /// A tick begins: reads of before the window are forgotten.
     pub fn tick(&mut self) {
         for windows in self.disks.values_mut() {

@@ -1,0 +1,161 @@
+//! One disk's share of promotion: its policy, its mover, and what the policy is told.
+
+use std::{collections::HashMap, sync::Arc, time::Duration};
+
+use super::mover::{Mover, Outcome};
+use crate::{
+    catalog::{Digest, DiskState, DiskStatus},
+    control::{api::CacheFigures, views::Seat},
+    error::Result,
+    promote::{Decisions, Key, Policy, Settings, Tick, Touch, gain::Latency},
+    units::CHUNK,
+};
+
+/// Of each disk this much stays free of promoted chunks, whatever they may take: one part in twenty.
+const RESERVE: u64 = 20;
+
+/// Images by the handles that policies know them by.
+#[derive(Default)]
+pub struct Images {
+    handles: HashMap<Digest, u32>,
+    known: Vec<(Digest, u64)>,
+}
+
+impl Images {
+    /// The handle of an image of `size` bytes.
+    pub fn handle(&mut self, digest: Digest, size: u64) -> u32 {
+        *self.handles.entry(digest).or_insert_with(|| {
+            self.known.push((digest, size));
+            // As many as a process can have met.
+            self.known.len() as u32 - 1
+        })
+    }
+
+    /// The handle of an image, if it has one.
+    pub fn find(&self, digest: Digest) -> Option<u32> {
+        self.handles.get(&digest).copied()
+    }
+
+    /// The digest and the size of the image of a handle.
+    pub fn of(&self, handle: u32) -> Option<(Digest, u64)> {
+        self.known.get(handle as usize).copied()
+    }
+}
+
+/// A disk that promotes.
+pub struct Plan {
+    /// Decides.
+    pub policy: Policy,
+    /// Carries out.
+    pub mover: Mover,
+    /// What the cache may take now, in bytes.
+    pub limit: u64,
+    /// Why nothing is promoted, if so.
+    pub off: Option<String>,
+    /// Chunks were withdrawn, whose space the mover is to give back.
+    pub sweep: bool,
+    /// Bytes free for the cache, beyond what must stay free.
+    free: u64,
+    /// Chunks that readers found to be wrong, or could not read.
+    dropped: u64,
+}
+
+/// What replicas of one disk read of one image in a tick, and how fast its copy is.
+pub struct Reads {
+    /// The image's handle.
+    pub image: u32,
+    /// Reads of the copy that reached the device.
+    pub touches: Vec<Touch>,
+    /// Reads of the cache.
+    pub hits: Vec<Touch>,
+    /// Nanoseconds of a read from the copy, if it is known.
+    pub copy: Option<u64>,
+}
+
+impl Plan {
+    /// A plan carried out by `mover`.
+    pub fn new(mover: Mover) -> Result<Plan> {
+        let policy = Policy::new(Settings::default())?;
+        Ok(Plan { policy, mover, limit: 0, off: None, sweep: false, free: 0, dropped: 0 })
+    }
+
+    /// Takes in how the disk is: `percent` of it is for the cache, unless it says otherwise.
+    pub fn look_at(&mut self, disk: &DiskStatus, percent: u64) {
+        let share = disk.total_bytes / 100 * percent;
+        self.limit = disk.cache_bytes.unwrap_or(share);
+        self.free = disk.free_bytes.saturating_sub(disk.total_bytes / RESERVE);
+        self.off = match disk.state {
+            DiskState::Present if self.limit < CHUNK => {
+                Some("its cache is switched off".to_owned())
+            }
+            DiskState::Present => None,
+            _ => {
+                Some(disk.reason.clone().unwrap_or_else(|| "the disk can't be written".to_owned()))
+            }
+        };
+        if self.off.is_some() {
+            self.limit = 0;
+        }
+    }
+
+    /// Takes in what became of earlier orders.
+    pub fn hear(&mut self, images: &mut Images) {
+        for (seat, chunk, outcome) in self.mover.outcomes() {
+            let key = Key { image: images.handle(seat.digest, seat.size), chunk };
+            match outcome {
+                Outcome::Promoted => self.policy.promoted(key),
+                Outcome::Found => self.policy.adopt(key),
+                Outcome::Failed => self.policy.failed(key),
+                Outcome::Gone => self.policy.dropped(key),
+            }
+        }
+    }
+
+    /// A reader had a doubt: the mover gives the space back with its next order.
+    pub fn doubts(&mut self, seats: &[&Arc<Seat>]) -> bool {
+        let doubts = seats.iter().filter_map(|seat| seat.view.cache()).map(|cache| cache.doubts());
+        let before = std::mem::replace(&mut self.dropped, doubts.sum());
+        self.dropped != before
+    }
+
+    /// Decides, of what was read in `elapsed` by replicas of this disk, whose own reads take `local`
+    /// nanoseconds.
+    pub fn decide(
+        &mut self,
+        elapsed: Duration,
+        reads: &[Reads],
+        local: u64,
+        rate: u64,
+    ) -> Decisions {
+        let all = |of: fn(&Reads) -> &Vec<Touch>| reads.iter().flat_map(of).copied().collect();
+        let (touches, hits): (Vec<_>, Vec<_>) = (all(|it| &it.touches), all(|it| &it.hits));
+        let copies =
+            reads.iter().filter_map(|it| Some(Latency { image: it.image, nanos: it.copy? }));
+        let copies: Vec<Latency> = copies.collect();
+        self.policy.tick(&Tick {
+            elapsed,
+            touches: &touches,
+            hits: &hits,
+            copies: &copies,
+            local,
+            capacity: self.limit,
+            free: self.free,
+            // While the mover works on an earlier order, no other is made.
+            budget: if self.mover.is_free() { rate } else { 0 },
+        })
+    }
+
+    /// What was done so far.
+    pub fn figures(&self) -> CacheFigures {
+        let totals = self.policy.totals();
+        CacheFigures {
+            promoted: totals.promoted,
+            promoted_bytes: totals.written,
+            evicted: totals.evicted,
+            failed: totals.failed,
+            dropped: self.dropped,
+            saved_seconds: totals.saved as f64 / 1e9,
+            saved_ms_per_mib: totals.saved_per_mib().unwrap_or(0.0),
+        }
+    }
+}
