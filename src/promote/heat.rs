@@ -242,7 +242,9 @@ impl Heat {
         let mut all = Vec::new();
         for (&image, orders) in &self.orders {
             let known = orders.known.iter().rev().take(count);
-            all.extend(known.map(|&(rank, chunk)| (rank, Key { image, chunk: chunk.0 }, State::Known)));
+            all.extend(
+                known.map(|&(rank, chunk)| (rank, Key { image, chunk: chunk.0 }, State::Known)),
+            );
             let cached = orders.cached.iter().rev().take(count);
             all.extend(cached.map(|&(rank, chunk)| (rank, Key { image, chunk }, State::Cached)));
         }
@@ -284,7 +286,11 @@ impl Heat {
         }
         match entry.state {
             State::Known => {
-                self.orders.entry(key.image).or_default().known.insert((entry.rank, Reverse(key.chunk)));
+                self.orders
+                    .entry(key.image)
+                    .or_default()
+                    .known
+                    .insert((entry.rank, Reverse(key.chunk)));
                 self.ordered += 1;
             }
             State::Cached => {

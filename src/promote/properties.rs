@@ -11,9 +11,10 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
-use super::gain::Latency;
-use super::policy::{BURST, MOVES};
-use super::{Key, Policy, Settings, State, Tick, Touch};
+use super::gain::CopyLatency;
+use super::heat::State;
+use super::policy::{BURST, MOVES, Tick, Touch};
+use super::{Key, Policy, Settings};
 use crate::units::{CHUNK, Chunk};
 
 const SEEDS: u64 = 60;
@@ -40,7 +41,8 @@ impl Model {
     }
 
     fn pinned_inside(&self) -> usize {
-        let inside = |key: &&Key| matches!(self.states.get(key), Some(State::Cached | State::Coming));
+        let inside =
+            |key: &&Key| matches!(self.states.get(key), Some(State::Cached | State::Coming));
         self.pins.iter().filter(inside).count()
     }
 }
@@ -58,7 +60,8 @@ fn some_keys(random: &mut fastrand::Rng, most: usize) -> Vec<Key> {
 /// One run. Returns all that was decided, for comparison with another run of the same seed.
 fn run(seed: u64) -> Vec<(Vec<Key>, Vec<Key>)> {
     let mut random = fastrand::Rng::with_seed(seed);
-    let settings = Settings { half_life: Duration::from_secs(random.u64(1..600)), ..Settings::default() };
+    let settings =
+        Settings { half_life: Duration::from_secs(random.u64(1..600)), ..Settings::default() };
     let mut policy = Policy::new(settings).unwrap();
     let mut model = Model::default();
     let mut decided = Vec::new();
@@ -78,7 +81,7 @@ fn run(seed: u64) -> Vec<(Vec<Key>, Vec<Key>)> {
         act(&mut random, &mut policy, &mut model);
         let (hits, touches) = reads(&mut random, &mut model);
         let elapsed = Duration::from_millis(random.u64(0..2000));
-        let copies = latencies.iter().zip(0..).map(|(&nanos, image)| Latency { image, nanos });
+        let copies = latencies.iter().zip(0..).map(|(&nanos, image)| CopyLatency { image, nanos });
         let tick_of = Tick {
             elapsed,
             touches: &touches,
@@ -96,7 +99,10 @@ fn run(seed: u64) -> Vec<(Vec<Key>, Vec<Key>)> {
         for state in [State::Coming, State::Cached, State::Leaving] {
             assert_eq!(policy.heat().count(state), model.count(state), "{context}: {state:?}");
         }
-        assert!(policy.heat().len() <= 4 * 4096 + model.states.len() + model.pins.len(), "{context}");
+        assert!(
+            policy.heat().len() <= 4 * 4096 + model.states.len() + model.pins.len(),
+            "{context}"
+        );
         decided.push((decisions.evict, decisions.promote));
     }
     decided
@@ -167,7 +173,8 @@ fn reads(random: &mut fastrand::Rng, model: &mut Model) -> (Vec<Touch>, Vec<Touc
         keys.extend((start..start + 100).map(|chunk| Key { image: 0, chunk: Chunk(chunk) }));
     }
     keys.iter().for_each(|&key| *model.touched.entry(key).or_default() += 1);
-    let touches = keys.into_iter().map(|key| Touch { key, reads: random.u32(..), nanos: random.u64(..) });
+    let touches =
+        keys.into_iter().map(|key| Touch { key, reads: random.u32(..), nanos: random.u64(..) });
     touches.partition(|touch| model.states.get(&touch.key) == Some(&State::Cached))
 }
 
@@ -175,12 +182,19 @@ fn check(evict: &[Key], promote: &[Key], policy: &Policy, model: &mut Model, con
     assert!(evict.len() <= MOVES && promote.len() <= MOVES, "{context}");
     for &key in evict {
         assert!(!model.pins.contains(&key), "{context}: {key:?} is pinned");
-        assert_eq!(model.states.insert(key, State::Leaving), Some(State::Cached), "{context}: {key:?}");
+        assert_eq!(
+            model.states.insert(key, State::Leaving),
+            Some(State::Cached),
+            "{context}: {key:?}"
+        );
     }
     for &key in promote {
         assert_eq!(model.states.insert(key, State::Coming), None, "{context}: {key:?}");
         let asked = model.pins.contains(&key) || model.warmed.contains(&key);
-        assert!(asked || policy.pays(key.image), "{context}: {key:?} of an image that does not pay");
+        assert!(
+            asked || policy.pays(key.image),
+            "{context}: {key:?} of an image that does not pay"
+        );
         assert!(asked || key.image < IMAGES - 1, "{context}: {key:?} of an image nobody measured");
         let touched = model.touched.get(&key).copied().unwrap_or(0);
         assert!(asked || touched >= 2, "{context}: {key:?} was touched {touched} times");
@@ -190,7 +204,10 @@ fn check(evict: &[Key], promote: &[Key], policy: &Policy, model: &mut Model, con
 fn check_limits(promote: &[Key], tick: &Tick, model: &mut Model, context: &str) {
     let inside = model.count(State::Cached) + model.count(State::Coming);
     let capacity = (tick.capacity / CHUNK) as usize;
-    assert!(inside <= capacity.max(model.pinned_inside()) || promote.is_empty(), "{context}: {inside}");
+    assert!(
+        inside <= capacity.max(model.pinned_inside()) || promote.is_empty(),
+        "{context}: {inside}"
+    );
     // What is coming can't be called back: beyond capacity is only that, and pins.
     let fixed = model.count(State::Coming) + model.pinned_inside();
     assert!(inside <= capacity.max(fixed), "{context}: {inside} inside, room for {capacity}");
@@ -203,7 +220,10 @@ fn check_limits(promote: &[Key], tick: &Tick, model: &mut Model, context: &str) 
         spent += model.spent[stretch].1;
         // What may have been saved up when the stretch began.
         let saved = stretch.checked_sub(1).map_or(0, |before| model.spent[before].2);
-        assert!(spent <= allowed + saved, "{context}: {spent} bytes, {allowed} and {saved} allowed");
+        assert!(
+            spent <= allowed + saved,
+            "{context}: {spent} bytes, {allowed} and {saved} allowed"
+        );
     }
 }
 

@@ -6,8 +6,10 @@
 
 use std::time::Duration;
 
-use super::gain::Latency;
-use super::{Decisions, Key, Policy, Settings, State, Tick, Touch};
+use super::gain::CopyLatency;
+use super::heat::State;
+use super::policy::{Decisions, Tick, Touch};
+use super::{Key, Policy, Settings};
 use crate::units::{CHUNK, Chunk};
 
 const LOCAL: u64 = 200_000;
@@ -43,13 +45,15 @@ impl Disk {
 
     /// One second in which these chunks are read; the cache answers what it has.
     fn read(&mut self, chunks: impl IntoIterator<Item = u64>) -> &Decisions {
-        let touches = chunks.into_iter().map(|chunk| Touch { key: key(chunk), reads: 1, nanos: self.copy });
-        let (hits, touches): (Vec<_>, Vec<_>) = touches.partition(|touch| self.has(touch.key.chunk.0));
+        let touches =
+            chunks.into_iter().map(|chunk| Touch { key: key(chunk), reads: 1, nanos: self.copy });
+        let (hits, touches): (Vec<_>, Vec<_>) =
+            touches.partition(|touch| self.has(touch.key.chunk.0));
         self.last = self.policy.tick(&Tick {
             elapsed: Duration::from_secs(1),
             touches: &touches,
             hits: &hits,
-            copies: &[Latency { image: IMAGE, nanos: self.copy }],
+            copies: &[CopyLatency { image: IMAGE, nanos: self.copy }],
             local: LOCAL,
             capacity: self.capacity * CHUNK,
             free: 1 << 40,
@@ -124,7 +128,11 @@ fn a_loop_larger_than_the_cache_settles() {
         });
     }
     let after = disk.policy.totals();
-    assert!(after.hits - before.hits >= 20 * 45, "half of the loop stays: {}", after.hits - before.hits);
+    assert!(
+        after.hits - before.hits >= 20 * 45,
+        "half of the loop stays: {}",
+        after.hits - before.hits
+    );
     let written = (after.written - before.written) / CHUNK;
     assert!(written <= 20, "no churn among equals: {written} chunks");
 }
