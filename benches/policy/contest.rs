@@ -8,8 +8,9 @@
 use std::collections::{HashMap, HashSet};
 use std::time::Duration;
 
-use underlay::promote::gain::Latency;
-use underlay::promote::{Key, Policy, Settings, Tick, Touch};
+use underlay::promote::gain::CopyLatency;
+use underlay::promote::policy::{Tick, Touch};
+use underlay::promote::{Key, Policy, Settings};
 use underlay::units::{CHUNK, Chunk};
 
 use crate::caches::{Belady, Cache, Larc, Lru, Outcome, S3Fifo};
@@ -109,7 +110,7 @@ pub fn run(who: Who, accesses: &[Access], size: usize, chunk: u64, settings: Set
 /// The product's policy. It thinks in chunks of its own size: room and budget are given to it as so many of them.
 fn ours(accesses: &[Access], size: usize, chunk: u64, settings: Settings) -> Figures {
     let mut policy = Policy::new(settings).expect("settings of the bench");
-    let copies = [Latency { image: 0, nanos: SLOW }];
+    let copies = [CopyLatency { image: 0, nanos: SLOW }];
     let capacity = size as u64 * CHUNK;
     let mut figures = Figures { accesses: accesses.len() as u64, ..Figures::default() };
     let mut cached = HashSet::new();
@@ -128,7 +129,8 @@ fn ours(accesses: &[Access], size: usize, chunk: u64, settings: Settings) -> Fig
         figures.settled = figures.hits;
         // The seconds without a read between, as the ticks that they are; the last is the one with reads.
         for idle in (0..=second[0].second - before).rev() {
-            let (hits, touches): (&[_], &[_]) = if idle == 0 { (&hits, &touches) } else { (&[], &[]) };
+            let (hits, touches): (&[_], &[_]) =
+                if idle == 0 { (&hits, &touches) } else { (&[], &[]) };
             let decisions = policy.tick(&Tick {
                 elapsed: Duration::from_secs(1),
                 touches,

@@ -35,7 +35,7 @@ pub fn text(tables: &[Table]) -> String {
     let mut out = format!(
         "A read costs {} ms from the copy, {} ms from the cache. Each cell: hit rate in %, seconds saved, MiB written.\n\
          Ours decides once a second, within {} MiB/s; the others insert at once. Belady knows the future (with bypass:\n\
-         the most hits; not the fewest writes). Goal: at most {POINTS} points below S3-FIFO, at {WRITES} % of its writes or less. "A second late": points\n\
+         the most hits; not the fewest writes). Goal: at most {POINTS} points below S3-FIFO, at {WRITES} % of its writes or less. A second late: points\n\
          against S3-FIFO if what it inserts, too, could be read from the next second on only.\n",
         SLOW as f64 / 1e6,
         LOCAL as f64 / 1e6,
@@ -84,7 +84,9 @@ fn rule() -> String {
 
 /// What becomes of ours against S3-FIFO when one setting is changed.
 fn write_variants(out: &mut String, table: &Table) -> std::fmt::Result {
-    let Some(first) = table.rows.first().filter(|row| !row.variants.is_empty()) else { return Ok(()) };
+    let Some(first) = table.rows.first().filter(|row| !row.variants.is_empty()) else {
+        return Ok(());
+    };
     write!(out, "\n| {:<14} |", "with")?;
     for row in &table.rows {
         write!(out, " {:>4}K {:>2} %   |", row.chunk >> 10, row.percent)?;
@@ -107,8 +109,10 @@ pub fn json(tables: &[Table], skipped: Option<&str>) -> Value {
     for table in tables {
         for row in &table.rows {
             let figures = row.figures.iter().map(|&(who, figures)| (who.name(), figures));
-            let figures: Vec<Value> =
-                figures.chain(row.variants.iter().copied()).map(|(name, f)| cell(row, name, f)).collect();
+            let figures: Vec<Value> = figures
+                .chain(row.variants.iter().copied())
+                .map(|(name, f)| cell(row, name, f))
+                .collect();
             rows.push(json!({
                 "load": table.load,
                 "counting": table.counting.name(),

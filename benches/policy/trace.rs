@@ -52,7 +52,8 @@ impl Load {
     ///
     /// The time counts seconds, whatever the README beside it says: as microseconds the two hours would be 7 ms.
     pub fn cloudphysics(path: &Path) -> Result<Load> {
-        let file = std::fs::File::open(path).with_context(|| format!("opening {}", path.display()))?;
+        let file =
+            std::fs::File::open(path).with_context(|| format!("opening {}", path.display()))?;
         let lines = BufReader::new(flate2::read::GzDecoder::new(file)).lines();
         let mut reads = Vec::new();
         for (number, line) in lines.enumerate().skip(1) {

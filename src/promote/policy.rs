@@ -22,7 +22,7 @@
 use std::collections::{BTreeSet, VecDeque};
 use std::time::Duration;
 
-use super::gain::{Gains, Latency};
+use super::gain::{CopyLatency, Gains};
 use super::heat::{Heat, Key, Pin, Rank, State};
 use super::runs::Runs;
 use super::settings::Settings;
@@ -63,7 +63,7 @@ pub struct Tick<'a> {
     /// Chunks that the cache served.
     pub hits: &'a [Touch],
     /// Latencies of copies, as far as they were measured.
-    pub copies: &'a [Latency],
+    pub copies: &'a [CopyLatency],
     /// Nanoseconds of a typical read from the local disk.
     pub local: u64,
     /// Bytes that the cache may hold.

@@ -11,9 +11,10 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
-use super::gain::Latency;
-use super::policy::{BURST, MOVES};
-use super::{Key, Policy, Settings, State, Tick, Touch};
+use super::gain::CopyLatency;
+use super::heat::State;
+use super::policy::{BURST, MOVES, Tick, Touch};
+use super::{Key, Policy, Settings};
 use crate::units::{CHUNK, Chunk};
 
 const SEEDS: u64 = 60;
@@ -80,7 +81,7 @@ fn run(seed: u64) -> Vec<(Vec<Key>, Vec<Key>)> {
         act(&mut random, &mut policy, &mut model);
         let (hits, touches) = reads(&mut random, &mut model);
         let elapsed = Duration::from_millis(random.u64(0..2000));
-        let copies = latencies.iter().zip(0..).map(|(&nanos, image)| Latency { image, nanos });
+        let copies = latencies.iter().zip(0..).map(|(&nanos, image)| CopyLatency { image, nanos });
         let tick_of = Tick {
             elapsed,
             touches: &touches,

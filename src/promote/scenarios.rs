@@ -6,8 +6,10 @@
 
 use std::time::Duration;
 
-use super::gain::Latency;
-use super::{Decisions, Key, Policy, Settings, State, Tick, Touch};
+use super::gain::CopyLatency;
+use super::heat::State;
+use super::policy::{Decisions, Tick, Touch};
+use super::{Key, Policy, Settings};
 use crate::units::{CHUNK, Chunk};
 
 const LOCAL: u64 = 200_000;
@@ -51,7 +53,7 @@ impl Disk {
             elapsed: Duration::from_secs(1),
             touches: &touches,
             hits: &hits,
-            copies: &[Latency { image: IMAGE, nanos: self.copy }],
+            copies: &[CopyLatency { image: IMAGE, nanos: self.copy }],
             local: LOCAL,
             capacity: self.capacity * CHUNK,
             free: 1 << 40,

@@ -63,7 +63,7 @@ enum Chore {
     },
     /// Every rig, without cargo's tests
     Rigs,
-    /// Figures, side by side: the raw file, underlay, qemu-nbd, nbdkit
+    /// Figures, side by side: of the data path, or of the promotion policy
     Bench(bench::Options),
     /// Rig: the main job with a real guest: three disks, three replicas, a boot over NBD
     Guest(Aim),
@@ -121,6 +121,7 @@ fn run(chore: Chore) -> Result<()> {
     match chore {
         Chore::Ci => return tool::hand_over(tool(place::root().join(".ci/run"), NO_ARGS)),
         Chore::Crash { seeds, seed } => return crash(seeds, seed),
+        Chore::Bench(options) if options.counts_only() => return bench::run(&options),
         _ => setup::run(&mut report),
     }
     match chore {
@@ -128,7 +129,7 @@ fn run(chore: Chore) -> Result<()> {
         Chore::Test => test::run(&mut report)?,
         Chore::Rigs => test::rigs(&mut report)?,
         Chore::Bench(options) => {
-            bench::run(&Lab::open()?, &options)?;
+            bench::run(&options)?;
             return Ok(());
         }
         Chore::Guest(aim) => guest::run(&Lab::open()?, aim.against, &mut report),

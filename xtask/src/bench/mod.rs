@@ -5,7 +5,10 @@
 //! round.
 
 mod nbd;
+mod policy;
 pub mod ublk;
+
+use std::path::PathBuf;
 
 use anyhow::Result;
 
@@ -29,6 +32,9 @@ pub struct Options {
     /// Only loads whose name contains this; of ublk also "counts"
     #[arg(long, default_value = "")]
     only: String,
+    /// Of policy: the trace, instead of ../shared/traces/cloudphysics.csv.gz
+    #[arg(long)]
+    trace: Option<PathBuf>,
     /// Prints one JSON document instead of tables
     #[arg(long)]
     json: bool,
@@ -41,14 +47,21 @@ enum Area {
     Nbd,
     /// Kernel block devices, in a guest: against loop, dm-snapshot, kernel NBD; and what a request costs
     Ublk,
+    /// What the promotion policy saves and writes: against LRU, LARC, S3-FIFO, Belady (counts, not times)
+    Policy,
 }
 
 impl Options {
     fn seconds(&self) -> f64 {
         self.seconds.unwrap_or(match self.area {
             Area::Nbd => 4.0,
-            Area::Ublk => 0.5,
+            Area::Ublk | Area::Policy => 0.5,
         })
+    }
+
+    /// Whether this measures nothing of the machine, and needs nothing of it.
+    pub fn counts_only(&self) -> bool {
+        self.area == Area::Policy
     }
 }
 
@@ -58,10 +71,11 @@ fn seconds(text: &str) -> Result<f64, String> {
 }
 
 /// Runs the bench and prints its figures.
-pub fn run(lab: &Lab, options: &Options) -> Result<()> {
+pub fn run(options: &Options) -> Result<()> {
     say(&match options.area {
-        Area::Nbd => nbd::run(lab, options)?,
-        Area::Ublk => ublk::run(lab, options)?,
+        Area::Nbd => nbd::run(&Lab::open()?, options)?,
+        Area::Ublk => ublk::run(&Lab::open()?, options)?,
+        Area::Policy => return policy::run(options),
     });
     Ok(())
 }
