@@ -1,6 +1,6 @@
 //! A replica device: an overlay on its own disk over the image that it stands on.
 
-use std::{ops::Range, sync::Arc};
+use std::{ops::Range, sync::Arc, time::Duration};
 
 use crate::{
     blockdev::{
@@ -42,6 +42,10 @@ impl<I: Io> Base<I> for Seen<I> {
 
     async fn read(&self, io: &I, offset: u64, buf: Buf) -> Result<()> {
         self.view.read(io, &*self.copy, offset, buf).await
+    }
+
+    fn overlay_was_read(&self, took: Duration) {
+        self.view.demand.overlay.record(took);
     }
 }
 

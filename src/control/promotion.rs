@@ -251,12 +251,12 @@ fn take_in(state: &mut State, seats: &[Arc<Seat>]) -> HashMap<Name, Vec<Reads>> 
     let mut read = Vec::new();
     for seat in seats {
         let touches = seat.view.demand.take();
-        let (copy, cache) = seat.news();
+        let news = seat.news();
         let copy_disk = seat.copy_disk();
         if let Some(disk) = &copy_disk {
-            signals.timed(disk, &copy);
+            signals.timed(disk, &news.copy);
         }
-        signals.timed(&seat.disk, &cache);
+        signals.timed(&seat.disk, &news.local);
         if let Some(recording) = recordings.get_mut(&seat.digest) {
             recording.add(&touches);
         }

@@ -32,16 +32,28 @@ pub struct Seat {
     /// What the replicas read through.
     pub view: Arc<View<Ring>>,
     copy: Mutex<Weak<Base>>,
-    /// What of the demand was told already: reads of the copy, and of the cache.
-    told: Mutex<(Counts, Counts)>,
+    /// What of the demand was told already.
+    told: Mutex<News>,
+}
+
+/// Reads, as long as they took.
+#[derive(Default)]
+pub struct News {
+    /// Of the image's copy.
+    pub copy: Counts,
+    /// Of the disk's own: of its cache, and of what its replicas wrote.
+    pub local: Counts,
 }
 
 impl Seat {
-    /// The reads of the copy, and of the cache, since this was asked last.
-    pub fn news(&self) -> (Counts, Counts) {
-        let now = (self.view.demand.copy.counts(), self.view.demand.cache.counts());
+    /// What was read since this was asked last.
+    pub fn news(&self) -> News {
+        let demand = &self.view.demand;
+        let mut local = demand.cache.counts();
+        local.add(&demand.overlay.counts());
+        let now = News { copy: demand.copy.counts(), local };
         let mut told = locked(&self.told);
-        let news = (now.0.since(&told.0), now.1.since(&told.1));
+        let news = News { copy: now.copy.since(&told.copy), local: now.local.since(&told.local) };
         *told = now;
         news
     }

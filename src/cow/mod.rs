@@ -41,7 +41,7 @@ pub mod tail;
 mod write;
 mod zero;
 
-use std::{future::Future, ops::Range};
+use std::{future::Future, ops::Range, time::Duration};
 
 pub(crate) use overlay::run_all;
 pub use overlay::{Overlay, Stats};
@@ -71,6 +71,9 @@ pub trait Base<I: Io> {
 
     /// Fills all of `buf` from `offset`; asked only for what lies within the size.
     fn read(&self, io: &I, offset: u64, buf: Buf) -> impl Future<Output = Result<()>>;
+
+    /// Hears how long a read of the overlay's own data took.
+    fn overlay_was_read(&self, _took: Duration) {}
 }
 
 /// What a write-zeroes request wants of the space below.

@@ -3,6 +3,8 @@
 //! No lock; and no allocation where one segment covers the range and is aligned, which is the
 //! common case.
 
+use std::time::Instant;
+
 use super::{
     Base,
     overlay::{BOUNCE, Overlay, run_all},
@@ -40,7 +42,11 @@ impl<I: Io> Overlay<I> {
     ) -> Result<()> {
         match segment.source {
             Source::Zero => buf.fill(0),
-            Source::Overlay => self.read_data(io, segment.offset, buf).await?,
+            Source::Overlay => {
+                let started = Instant::now();
+                self.read_data(io, segment.offset, buf).await?;
+                base.overlay_was_read(started.elapsed());
+            }
             Source::Base => read_base(io, base, segment.offset, buf).await?,
         }
         Ok(())

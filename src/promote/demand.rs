@@ -27,6 +27,8 @@ pub struct Demand {
     pub cache: Histogram,
     /// Bytes read from the cache.
     pub cache_bytes: AtomicU64,
+    /// Reads of what the replicas wrote themselves, as long as they took.
+    pub overlay: Histogram,
 }
 
 /// One chunk's: since they were taken last, and in all until then.
@@ -75,6 +77,7 @@ impl Demand {
             copy_bytes: AtomicU64::new(0),
             cache: Histogram::default(),
             cache_bytes: AtomicU64::new(0),
+            overlay: Histogram::default(),
         }
     }
 

@@ -17,15 +17,18 @@ mod nbd;
 mod packaging;
 mod pattern;
 mod place;
+mod promotion;
 mod report;
 mod savings;
 mod setup;
 mod sick;
+mod slow;
 mod subject;
 mod test;
 mod tool;
 mod vm;
 
+use std::path::PathBuf;
 use std::process::ExitCode;
 
 use anyhow::Result;
@@ -73,6 +76,12 @@ enum Chore {
     Kill(Aim),
     /// Rig: what sharing saves, and what replicas cost
     Savings,
+    /// Rig: chunks move to those who read them when a disk is slow; caches are damaged, filled, pulled
+    Promotion {
+        /// Draw latency over time, into this directory
+        #[arg(long)]
+        chart: Option<PathBuf>,
+    },
     /// Rig: the commands that a newcomer meets first
     Demo,
     /// Rig: tests that need a kernel with ublk, NBD and device-mapper, within a guest that has one
@@ -80,6 +89,14 @@ enum Chore {
     /// The driver of those tests, within the guest
     #[command(hide = true)]
     Inside,
+    /// The server of a disk that can be slow, on standard input
+    #[command(hide = true)]
+    SlowDisk {
+        /// Its content
+        file: PathBuf,
+        /// Holds the milliseconds that reads take longer
+        delay: PathBuf,
+    },
     /// Rig: bad names, images, bits; two daemons; disks that are read-only, full, gone
     Hostile {
         /// The seed of which bits are flipped
@@ -110,6 +127,9 @@ fn main() -> ExitCode {
 }
 
 fn run(chore: Chore) -> Result<()> {
+    if let Chore::SlowDisk { file, delay } = &chore {
+        return slow::serve(file, delay);
+    }
     lab::heed_signals()?;
     let mut report = Report::default();
     match &chore {
@@ -125,7 +145,8 @@ fn run(chore: Chore) -> Result<()> {
         _ => setup::run(&mut report),
     }
     match chore {
-        Chore::Setup | Chore::Ci | Chore::Crash { .. } | Chore::Inside => {}
+        Chore::Setup | Chore::Ci | Chore::Crash { .. } | Chore::Inside | Chore::SlowDisk { .. } => {
+        }
         Chore::Test => test::run(&mut report)?,
         Chore::Rigs => test::rigs(&mut report)?,
         Chore::Bench(options) => {
@@ -135,6 +156,9 @@ fn run(chore: Chore) -> Result<()> {
         Chore::Guest(aim) => guest::run(&Lab::open()?, aim.against, &mut report),
         Chore::Clients(aim) => clients::run(&Lab::open()?, aim.against, aim.seed, &mut report),
         Chore::Kill(aim) => kill::run(&Lab::open()?, aim.against, aim.seed, &mut report),
+        Chore::Promotion { chart } => {
+            promotion::run(&Lab::open()?, chart.as_deref(), &mut report);
+        }
         Chore::Demo => demo::run(&Lab::open()?, &mut report),
         Chore::Vm(options) => vm::run(&Lab::open()?, &options, &mut report),
         Chore::Savings => savings::run(&Lab::open()?, &mut report),

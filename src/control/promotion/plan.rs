@@ -7,7 +7,7 @@ use crate::{
     catalog::{Digest, DiskState, DiskStatus},
     control::{api::CacheFigures, views::Seat},
     error::Result,
-    promote::{Decisions, Key, Policy, Settings, Tick, Touch, gain::Latency},
+    promote::{Decisions, Key, Policy, Settings, Tick, Touch, gain::CopyLatency},
     units::CHUNK,
 };
 
@@ -54,6 +54,8 @@ pub struct Plan {
     pub off: Option<String>,
     /// Chunks were withdrawn, whose space the mover is to give back.
     pub sweep: bool,
+    /// What the cache took when the disk was looked at.
+    stored: u64,
     /// Bytes free for the cache, beyond what must stay free.
     free: u64,
     /// Chunks that readers found to be wrong, or could not read.
@@ -76,16 +78,28 @@ impl Plan {
     /// A plan carried out by `mover`.
     pub fn new(mover: Mover) -> Result<Plan> {
         let policy = Policy::new(Settings::default())?;
-        Ok(Plan { policy, mover, limit: 0, off: None, sweep: false, free: 0, dropped: 0 })
+        Ok(Plan {
+            policy,
+            mover,
+            limit: 0,
+            off: None,
+            sweep: false,
+            stored: 0,
+            free: 0,
+            dropped: 0,
+        })
     }
 
     /// Takes in how the disk is: `percent` of it is for the cache, unless it says otherwise.
     pub fn look_at(&mut self, disk: &DiskStatus, percent: u64) {
         let share = disk.total_bytes / 100 * percent;
-        self.limit = disk.cache_bytes.unwrap_or(share);
-        self.free = disk.free_bytes.saturating_sub(disk.total_bytes / RESERVE);
+        let reserve = disk.total_bytes / RESERVE;
+        // Where less than the reserve is free, the cache gives way to whatever else needs the space.
+        let room = (self.stored + disk.free_bytes).saturating_sub(reserve);
+        self.limit = disk.cache_bytes.unwrap_or(share).min(room);
+        self.free = disk.free_bytes.saturating_sub(reserve);
         self.off = match disk.state {
-            DiskState::Present if self.limit < CHUNK => {
+            DiskState::Present if disk.cache_bytes.unwrap_or(share) < CHUNK => {
                 Some("its cache is switched off".to_owned())
             }
             DiskState::Present => None,
@@ -111,8 +125,10 @@ impl Plan {
         }
     }
 
-    /// A reader had a doubt: the mover gives the space back with its next order.
+    /// Takes in how full the caches are. Whether a reader had a doubt, so that the mover has to sweep.
     pub fn doubts(&mut self, seats: &[&Arc<Seat>]) -> bool {
+        let stored = seats.iter().filter_map(|seat| seat.view.cache()).map(|cache| cache.stored());
+        self.stored = stored.sum::<u64>() * CHUNK;
         let doubts = seats.iter().filter_map(|seat| seat.view.cache()).map(|cache| cache.doubts());
         let before = std::mem::replace(&mut self.dropped, doubts.sum());
         self.dropped != before
@@ -130,8 +146,8 @@ impl Plan {
         let all = |of: fn(&Reads) -> &Vec<Touch>| reads.iter().flat_map(of).copied().collect();
         let (touches, hits): (Vec<_>, Vec<_>) = (all(|it| &it.touches), all(|it| &it.hits));
         let copies =
-            reads.iter().filter_map(|it| Some(Latency { image: it.image, nanos: it.copy? }));
-        let copies: Vec<Latency> = copies.collect();
+            reads.iter().filter_map(|it| Some(CopyLatency { image: it.image, nanos: it.copy? }));
+        let copies: Vec<CopyLatency> = copies.collect();
         self.policy.tick(&Tick {
             elapsed,
             touches: &touches,
