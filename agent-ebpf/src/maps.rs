@@ -1,0 +1,96 @@
+//! The maps, and what user space sets before the programs are loaded.
+//!
+//! Why each is of its kind:
+//! - `PENDING` is an LRU: a bio that never reaches a request (it failed before) leaves its entry
+//!   behind, and such entries must fade by themselves. What an eviction costs: that bio's request has
+//!   no queue time and counts as foreign ([`Losses::orphans`]).
+//! - `FLIGHTS` is not: an LRU would drop the oldest request first, which is the one that hangs. Its
+//!   entries go at completion; user space sweeps those whose completion was missed.
+//! - `COUNTERS` is an array with a shard for each of up to 16 processors and atomic additions, not a
+//!   per-CPU array: its size stays the same on a machine with a hundred processors.
+
+use core::intrinsics::{AtomicOrdering, atomic_xadd};
+
+use aya_ebpf::macros::map;
+use aya_ebpf::maps::{Array, HashMap, LruHashMap, RingBuf};
+use underlay_agent_ebpf as layout;
+use underlay_agent_ebpf::{Counters, Fields, Flight, Losses, Pending, Watched};
+
+/// Device number, as tracepoints have it, to slot. User space sets the number of entries.
+#[map]
+pub static WATCHED: HashMap<u32, Watched> = HashMap::with_max_entries(1, 0);
+
+/// The thread groups whose I/O is our own.
+#[map]
+pub static OWNERS: HashMap<u32, u32> = HashMap::with_max_entries(layout::OWNERS, 0);
+
+/// Bios by [`layout::key`] of their first sector.
+#[map]
+pub static PENDING: LruHashMap<u64, Pending> = LruHashMap::with_max_entries(layout::PENDING, 0);
+
+/// Requests by [`layout::key`] of the sector past their end.
+#[map]
+pub static FLIGHTS: HashMap<u64, Flight> = HashMap::with_max_entries(layout::FLIGHTS, 0);
+
+/// Counters by slot and shard. User space sets the number of entries.
+#[map]
+pub static COUNTERS: Array<Counters> = Array::with_max_entries(1, 0);
+
+/// Completed reads.
+#[map]
+pub static TOUCHES: RingBuf = RingBuf::with_byte_size(layout::RING, 0);
+
+/// What was not counted.
+#[map]
+pub static LOSSES: Array<Losses> = Array::with_max_entries(1, 0);
+
+/// Fields of block_bio_queue.
+#[unsafe(no_mangle)]
+pub static BIO_QUEUE: Fields = NOWHERE;
+/// Fields of block_split.
+#[unsafe(no_mangle)]
+pub static BIO_SPLIT: Fields = NOWHERE;
+/// Fields of block_bio_complete.
+#[unsafe(no_mangle)]
+pub static BIO_COMPLETE: Fields = NOWHERE;
+/// Fields of block_rq_issue.
+#[unsafe(no_mangle)]
+pub static RQ_ISSUE: Fields = NOWHERE;
+/// Fields of block_rq_requeue.
+#[unsafe(no_mangle)]
+pub static RQ_REQUEUE: Fields = NOWHERE;
+/// Fields of block_rq_complete.
+#[unsafe(no_mangle)]
+pub static RQ_COMPLETE: Fields = NOWHERE;
+/// How many shards a slot has: a power of two.
+#[unsafe(no_mangle)]
+pub static SHARDS: u32 = 1;
+
+const NOWHERE: Fields = Fields { dev: 0, sector: 0, sectors: 0, rwbs: 0, error: 0 };
+
+/// What user space set in the place of `global`.
+#[inline(always)]
+pub fn setting<T: Copy>(global: &'static T) -> T {
+    // SAFETY: a reference to a static is valid for reads. The read is volatile because its value in
+    // the object file is not the one that it has when the program runs.
+    unsafe { core::ptr::read_volatile(global) }
+}
+
+/// Adds to a counter of a map that other processors add to as well.
+///
+/// The compiler's own operation: core offers none of its atomics' arithmetic for this target, which
+/// lacks compare-and-swap in its oldest version, though it has had this addition from the start.
+#[inline(always)]
+pub fn add<T: Copy>(counter: *mut T, much: T) {
+    // SAFETY: the callers' pointers come from a map look-up, are aligned by the layout's repr(C), and
+    // map memory outlives the program's run.
+    unsafe { atomic_xadd::<T, T, { AtomicOrdering::Relaxed }>(counter, much) };
+}
+
+/// Counts one loss in the field that `which` picks.
+#[inline(always)]
+pub fn lost(which: impl FnOnce(*mut Losses) -> *mut u64) {
+    if let Some(losses) = LOSSES.get_ptr_mut(0) {
+        add(which(losses), 1);
+    }
+}

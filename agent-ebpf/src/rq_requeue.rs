@@ -1,0 +1,26 @@
+//! block_rq_requeue: the driver gives a request back; it will be issued again, from where it got to.
+
+use aya_ebpf::macros::tracepoint;
+use aya_ebpf::programs::TracePointContext;
+use underlay_agent_ebpf::{REQUEUED, key};
+
+use crate::maps::{FLIGHTS, RQ_REQUEUE};
+use crate::record::Record;
+
+/// The entry point.
+#[tracepoint]
+pub fn rq_requeue(context: TracePointContext) -> u32 {
+    requeue(&context);
+    0
+}
+
+#[inline(always)]
+fn requeue(context: &TracePointContext) -> Option<()> {
+    let (record, watched) = Record::of(context, &RQ_REQUEUE)?;
+    let direction = record.direction()?;
+    let end = record.sector().wrapping_add(u64::from(record.sectors()));
+    let flight = FLIGHTS.get_ptr_mut(&key(watched.slot, direction, end))?;
+    // SAFETY: the pointer is a live entry's, and the request's one owner is in this tracepoint.
+    unsafe { (*flight).flags |= REQUEUED };
+    Some(())
+}
