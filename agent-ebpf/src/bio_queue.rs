@@ -7,8 +7,9 @@ use aya_ebpf::programs::TracePointContext;
 use underlay_agent_ebpf::{BIOS, Pending, UNKNOWN, key};
 
 use crate::finish::begin;
-use crate::maps::{BIO_QUEUE, OWNERS, PENDING};
+use crate::maps::{BIO_QUEUE, OWNERS};
 use crate::record::Record;
+use crate::table::put_pending;
 
 /// The entry point.
 #[tracepoint]
@@ -27,23 +28,10 @@ fn queue(context: &TracePointContext) -> Option<()> {
     }
     let own = u32::from(OWNERS.get_ptr(&context.tgid()).is_some());
     if watched.kind == BIOS {
-        begin(watched.slot, direction, sector, sectors, own, UNKNOWN);
-        return None;
+        return begin(watched.slot, direction, sector, sectors, own, UNKNOWN);
     }
     // SAFETY: the helper has no preconditions.
     let queued = unsafe { bpf_ktime_get_ns() };
     let key = key(watched.slot, direction, sector);
-    // Two reads of one place may wait at the same time. The later's figures serve both; what matters
-    // is that the first to be issued does not take the entry of the second away.
-    let others = match PENDING.get_ptr(&key) {
-        // SAFETY: the pointer is a live entry's. A write by another processor may mix the two, which
-        // are of one place and one moment.
-        Some(other) => (unsafe { (*other).own } & !1).saturating_add(2).min(MOST),
-        None => 0,
-    };
-    let _ = PENDING.insert(&key, &Pending { queued, sectors, own: own | others }, 0);
-    Some(())
+    put_pending(Pending { key, queued, sectors, own })
 }
-
-/// An entry whose bio never reached a request would otherwise be waited for by more and more.
-const MOST: u32 = 2 * 64;

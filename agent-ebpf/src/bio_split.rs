@@ -4,8 +4,9 @@ use aya_ebpf::macros::tracepoint;
 use aya_ebpf::programs::TracePointContext;
 use underlay_agent_ebpf::{Pending, REQUESTS, key};
 
-use crate::maps::{BIO_SPLIT, PENDING};
+use crate::maps::BIO_SPLIT;
 use crate::record::Record;
+use crate::table::{pending, put_pending};
 
 /// The entry point.
 #[tracepoint]
@@ -23,17 +24,19 @@ fn split(context: &TracePointContext) -> Option<()> {
         return None;
     }
     let (sector, second) = (record.sector(), record.new_sector());
-    let first = key(watched.slot, direction, sector);
-    // SAFETY: the entry is this submitter's own, who is here and nowhere else; it is copied at once.
-    let whole = unsafe { *PENDING.get_ptr(&first)? };
     let length = second.checked_sub(sector)?;
+    let entry = pending(key(watched.slot, direction, sector))?;
+    // SAFETY: the entry is this submitter's own, who is here and nowhere else.
+    let whole = unsafe { *entry };
     let rest = u64::from(whole.sectors).checked_sub(length)?;
     if length == 0 || rest == 0 {
         return None;
     }
-    let part = Pending { sectors: rest as u32, own: whole.own & 1, ..whole };
-    let _ = PENDING.insert(&key(watched.slot, direction, second), &part, 0);
-    let part = Pending { sectors: length as u32, ..whole };
-    let _ = PENDING.insert(&first, &part, 0);
-    Some(())
+    // SAFETY: as above.
+    unsafe { (*entry).sectors = length as u32 };
+    put_pending(Pending {
+        key: key(watched.slot, direction, second),
+        sectors: rest as u32,
+        ..whole
+    })
 }

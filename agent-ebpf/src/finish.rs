@@ -2,42 +2,36 @@
 
 use aya_ebpf::helpers::generated::{bpf_get_smp_processor_id, bpf_ktime_get_ns};
 use underlay_agent_ebpf::{
-    BUCKETS, CLASSES, Flight, OWN, READ, REQUEUED, Touch, UNKNOWN, bucket, class, key,
+    BUCKETS, CLASSES, Flight, OWN, READ, Touch, UNKNOWN, bucket, class, key,
 };
 
-use crate::maps::{COUNTERS, FLIGHTS, SHARDS, TOUCHES, add, lost, setting};
+use crate::maps::{COUNTERS, SHARDS, TOUCHES, add, lost, setting};
 use crate::record::Record;
+use crate::table::{put_flight, take_flight};
 
 /// `BPF_RB_NO_WAKEUP`: user space empties the ring by the clock.
 const NO_WAKEUP: u64 = 1;
 
-/// Notes that the device has got it. Returns whether it is new, not issued again.
+/// Notes that the device has got it.
 #[inline(always)]
-pub fn begin(slot: u32, direction: u32, sector: u64, sectors: u32, own: u32, waited: u64) -> bool {
+pub fn begin(
+    slot: u32,
+    direction: u32,
+    sector: u64,
+    sectors: u32,
+    own: u32,
+    waited: u64,
+) -> Option<()> {
     // SAFETY: the helper has no preconditions.
     let issued = unsafe { bpf_ktime_get_ns() };
     let key = key(slot, direction, sector.wrapping_add(u64::from(sectors)));
-    if let Some(other) = FLIGHTS.get_ptr_mut(&key) {
-        // SAFETY: the pointer is a live entry's. Of two that end at one place at the same time the
-        // figures may mix; their number stays right but for a race of a few nanoseconds.
-        unsafe {
-            (*other).issued = issued;
-            if (*other).flags & REQUEUED != 0 {
-                (*other).flags &= !REQUEUED;
-                return false;
-            }
-            // Not a wrong one: the earlier of the two is given the later's start.
-            (*other).twins = (*other).twins.saturating_add(1);
-        }
-        return true;
-    }
     let flags = if own != 0 { OWN } else { 0 };
-    let flight = Flight { issued, waited, sector, sectors, flags, twins: 0 };
-    if FLIGHTS.insert(&key, &flight, 0).is_err() {
+    let entered = put_flight(&Flight { key, issued, waited, sector, sectors, flags });
+    if entered.is_none() {
         // SAFETY: only the address of a field of the entry is taken.
         lost(|losses| unsafe { &raw mut (*losses).full });
     }
-    true
+    entered
 }
 
 /// Counts what the record ends, if its beginning was seen. The completion of a first part is passed
@@ -46,20 +40,11 @@ pub fn begin(slot: u32, direction: u32, sector: u64, sectors: u32, own: u32, wai
 pub fn finish(record: &Record, slot: u32) -> Option<()> {
     let direction = record.direction()?;
     let end = record.sector().wrapping_add(u64::from(record.sectors()));
-    let key = key(slot, direction, end);
-    let Some(entry) = FLIGHTS.get_ptr_mut(&key) else {
+    let Some(flight) = take_flight(key(slot, direction, end)) else {
         // SAFETY: only the address of a field of the entry is taken.
         lost(|losses| unsafe { &raw mut (*losses).unmatched });
         return None;
     };
-    // SAFETY: the pointer is a live entry's, copied before the entry goes.
-    let flight = unsafe { *entry };
-    if flight.twins > 0 {
-        // SAFETY: as above.
-        unsafe { (*entry).twins = flight.twins - 1 };
-    } else {
-        let _ = FLIGHTS.remove(&key);
-    }
     // SAFETY: the helper has no preconditions.
     let ns = unsafe { bpf_ktime_get_ns() }.saturating_sub(flight.issued);
     let own = u32::from(flight.flags & OWN);

@@ -15,10 +15,12 @@ pub const SLOTS: u32 = 64;
 pub const SHARDS: u32 = 16;
 /// Most processes whose I/O counts as our own.
 pub const OWNERS: u32 = 64;
-/// Bios between their submission and the issue of their request.
-pub const PENDING: u32 = 16 << 10;
-/// Requests between issue and completion.
-pub const FLIGHTS: u32 = 8 << 10;
+/// Places of a [`Set`]: that many entries whose keys fall together.
+pub const WAYS: usize = 4;
+/// Sets of bios between their submission and the issue of their request: 16 Ki entries.
+pub const PENDING: u32 = 4 << 10;
+/// Sets of requests between issue and completion: 8 Ki entries.
+pub const FLIGHTS: u32 = 2 << 10;
 /// Size of the ring of completed reads, in bytes: 32 Ki records of 24 bytes and a header of 8.
 pub const RING: u32 = 1 << 20;
 
@@ -99,7 +101,7 @@ pub const fn class(direction: u32, own: u32) -> u32 {
 /// was done by the time a tracepoint fires: the kernel advances the start.
 #[inline(always)]
 pub const fn key(slot: u32, direction: u32, sector: u64) -> u64 {
-    ((slot & 0xff) as u64) << 56 | ((direction & 1) as u64) << 55 | (sector & ((1 << 55) - 1))
+    ((slot & 0xff) as u64) << 56 | ((direction & 1) as u64) << 55 | TAKEN | (sector & (TAKEN - 1))
 }
 
 /// The slot in a [`key`].
@@ -112,15 +114,35 @@ pub const fn direction_of(key: u64) -> u32 {
     (key >> 55) as u32 & 1
 }
 
+/// The set of a [`key`] in a table of `sets`, a power of two.
+#[inline(always)]
+pub const fn set_of(key: u64, sets: u32) -> u32 {
+    // Neighbours are spread by the golden ratio; the upper bits of the product are the mixed ones.
+    (key.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 40) as u32 & (sets - 1)
+}
+
+/// Entries whose keys fall together. A table is an array of sets; an entry of key 0 is free.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[repr(C)]
+pub struct Set<T> {
+    /// The entries. Two with one key are two I/Os of one place at one time.
+    pub ways: [T; WAYS],
+}
+
+/// Set in every key of a table, so that none is 0.
+pub const TAKEN: u64 = 1 << 54;
+
 /// A bio on its way to a request.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[repr(C)]
 pub struct Pending {
+    /// Its [`key`].
+    pub key: u64,
     /// When it was submitted.
     pub queued: u64,
     /// Its length.
     pub sectors: u32,
-    /// Bit 0: its submitter is one of ours. From bit 1: how many more bios with this key wait.
+    /// 1: its submitter is one of ours.
     pub own: u32,
 }
 
@@ -128,7 +150,9 @@ pub struct Pending {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[repr(C)]
 pub struct Flight {
-    /// When it was issued.
+    /// Its [`key`].
+    pub key: u64,
+    /// When it was issued; 0 while the entry is being written.
     pub issued: u64,
     /// How long it waited for that since its first bio was submitted; [`UNKNOWN`] if nobody saw it.
     pub waited: u64,
@@ -136,18 +160,16 @@ pub struct Flight {
     pub sector: u64,
     /// Its length.
     pub sectors: u32,
-    /// Bit 0: our own. Bit 1: given back by the driver, to be issued again.
-    pub flags: u16,
-    /// How many more with this key are in flight.
-    pub twins: u16,
+    /// [`OWN`], [`REQUEUED`].
+    pub flags: u32,
 }
 
 /// A time that nobody saw.
 pub const UNKNOWN: u64 = u64::MAX;
 /// Of [`Flight::flags`]: our own.
-pub const OWN: u16 = 1;
+pub const OWN: u32 = 1;
 /// Of [`Flight::flags`]: given back by the driver.
-pub const REQUEUED: u16 = 2;
+pub const REQUEUED: u32 = 2;
 
 /// A completed read, in the ring.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -246,7 +268,7 @@ pub struct Fields {
 /// How much of a record the programs read, in bytes: every field must lie within.
 pub const RECORD: usize = 64;
 
-const _: () = assert!(size_of::<Pending>() == 16 && size_of::<Flight>() == 32);
+const _: () = assert!(size_of::<Set<Pending>>() == 96 && size_of::<Set<Flight>>() == 160);
 const _: () = assert!(size_of::<Touch>() == 24 && size_of::<Class>() == 48 + 8 * BUCKETS);
 const _: () = assert!(size_of::<Counters>() == 6912 && SLOTS <= 256);
 
@@ -274,10 +296,22 @@ mod tests {
     }
 
     #[test]
+    fn neighbours_do_not_crowd_one_set() {
+        for step in [1, 8, 64, 512, 2048, 1 << 20] {
+            let mut sets = [0u8; FLIGHTS as usize];
+            for at in 0..1024 {
+                sets[set_of(key(3, READ, 4096 + at * step), FLIGHTS) as usize] += 1;
+            }
+            let crowded = sets.iter().filter(|count| **count as usize > WAYS).count();
+            assert!(crowded <= 4, "{crowded} sets are crowded by steps of {step}");
+        }
+    }
+
+    #[test]
     fn keys_keep_slot_direction_and_sector_apart() {
-        let key = key(63, WRITE, (1 << 55) - 1);
+        let key = key(63, WRITE, TAKEN - 1);
         assert_eq!((slot_of(key), direction_of(key)), (63, WRITE));
         assert_ne!(super::key(1, READ, 5), super::key(1, WRITE, 5));
-        assert_eq!(super::key(0, READ, 1 << 55), 0);
+        assert_eq!(super::key(0, READ, 0), TAKEN);
     }
 }

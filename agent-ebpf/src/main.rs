@@ -32,6 +32,8 @@ mod rq_complete;
 mod rq_issue;
 #[cfg(target_arch = "bpf")]
 mod rq_requeue;
+#[cfg(target_arch = "bpf")]
+mod table;
 
 /// Helpers that read kernel memory are open to programs under the GPL's terms alone. The kernel knows
 /// the compatible pair of licences by this name.

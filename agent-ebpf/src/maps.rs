@@ -1,20 +1,23 @@
 //! The maps, and what user space sets before the programs are loaded.
 //!
 //! Why each is of its kind:
-//! - `PENDING` is an LRU: a bio that never reaches a request (it failed before) leaves its entry
-//!   behind, and such entries must fade by themselves. What an eviction costs: that bio's request has
-//!   no queue time and counts as foreign ([`Losses::orphans`]).
-//! - `FLIGHTS` is not: an LRU would drop the oldest request first, which is the one that hangs. Its
-//!   entries go at completion; user space sweeps those whose completion was missed.
+//! - `PENDING` and `FLIGHTS` are arrays used as tables, four entries to a set (see [`crate::table`]),
+//!   and not hash maps: one look-up and four comparisons where a hash map takes its lock, its lists and
+//!   several times as long; and user space reads them in place.
+//! - A full set of `PENDING` gives up its oldest entry: a bio that never reaches a request (it failed
+//!   before) leaves its entry behind, and such entries must fade by themselves. What that costs
+//!   another: its request has no queue time and counts as foreign ([`Losses::orphans`]).
+//! - A full set of `FLIGHTS` takes nothing more ([`Losses::full`]): the oldest is the one that hangs.
+//!   Its entries go at completion; user space sweeps those whose completion was missed.
 //! - `COUNTERS` is an array with a shard for each of up to 16 processors and atomic additions, not a
 //!   per-CPU array: its size stays the same on a machine with a hundred processors.
 
-use core::intrinsics::{AtomicOrdering, atomic_xadd};
+use core::intrinsics::{AtomicOrdering, atomic_cxchg, atomic_xadd};
 
 use aya_ebpf::macros::map;
-use aya_ebpf::maps::{Array, HashMap, LruHashMap, RingBuf};
+use aya_ebpf::maps::{Array, HashMap, RingBuf};
 use underlay_agent_ebpf as layout;
-use underlay_agent_ebpf::{Counters, Fields, Flight, Losses, Pending, Watched};
+use underlay_agent_ebpf::{Counters, Fields, Flight, Losses, Pending, Set, Watched};
 
 /// Device number, as tracepoints have it, to slot. User space sets the number of entries.
 #[map]
@@ -26,11 +29,11 @@ pub static OWNERS: HashMap<u32, u32> = HashMap::with_max_entries(layout::OWNERS,
 
 /// Bios by [`layout::key`] of their first sector.
 #[map]
-pub static PENDING: LruHashMap<u64, Pending> = LruHashMap::with_max_entries(layout::PENDING, 0);
+pub static PENDING: Array<Set<Pending>> = Array::with_max_entries(layout::PENDING, 0);
 
-/// Requests by [`layout::key`] of the sector past their end.
+/// Requests by [`layout::key`] of the sector past their end. User space maps it into its memory.
 #[map]
-pub static FLIGHTS: HashMap<u64, Flight> = HashMap::with_max_entries(layout::FLIGHTS, 0);
+pub static FLIGHTS: Array<Set<Flight>> = Array::with_max_entries(layout::FLIGHTS, MMAPABLE);
 
 /// Counters by slot and shard. User space sets the number of entries.
 #[map]
@@ -43,6 +46,9 @@ pub static TOUCHES: RingBuf = RingBuf::with_byte_size(layout::RING, 0);
 /// What was not counted.
 #[map]
 pub static LOSSES: Array<Losses> = Array::with_max_entries(1, 0);
+
+/// `BPF_F_MMAPABLE`.
+const MMAPABLE: u32 = 1 << 10;
 
 /// Fields of block_bio_queue.
 #[unsafe(no_mangle)]
@@ -85,6 +91,16 @@ pub fn add<T: Copy>(counter: *mut T, much: T) {
     // SAFETY: the callers' pointers come from a map look-up, are aligned by the layout's repr(C), and
     // map memory outlives the program's run.
     unsafe { atomic_xadd::<T, T, { AtomicOrdering::Relaxed }>(counter, much) };
+}
+
+/// Replaces `old` by `new` if it is still there; tells whether it was.
+#[inline(always)]
+pub fn exchange(word: *mut u64, old: u64, new: u64) -> bool {
+    // SAFETY: as in `add`.
+    let (_, was) = unsafe {
+        atomic_cxchg::<u64, { AtomicOrdering::SeqCst }, { AtomicOrdering::SeqCst }>(word, old, new)
+    };
+    was
 }
 
 /// Counts one loss in the field that `which` picks.

@@ -3,11 +3,12 @@
 use aya_ebpf::helpers::generated::bpf_ktime_get_ns;
 use aya_ebpf::macros::tracepoint;
 use aya_ebpf::programs::TracePointContext;
-use underlay_agent_ebpf::{REQUESTS, UNKNOWN, key};
+use underlay_agent_ebpf::{REQUESTS, REQUEUED, UNKNOWN, key};
 
 use crate::finish::begin;
-use crate::maps::{PENDING, RQ_ISSUE, lost};
+use crate::maps::{RQ_ISSUE, lost};
 use crate::record::Record;
+use crate::table::{flight, take_pending};
 
 /// Most bios of one request whose entries are taken along: as many as the usual limit on a request's
 /// segments allows. Those of a longer one fade.
@@ -28,26 +29,19 @@ fn issue(context: &TracePointContext) -> Option<()> {
     if sectors == 0 || watched.kind != REQUESTS {
         return None;
     }
-    let (mut own, mut first) = (0, UNKNOWN);
     let (mut at, end) = (sector, sector.wrapping_add(u64::from(sectors)));
+    if again(key(watched.slot, direction, end)).is_some() {
+        return None;
+    }
+    let (mut own, mut first) = (0, UNKNOWN);
     // The bios of a request lie end to end. The request is the first one's, and has waited as long
     // as the one that waited longest.
     for _ in 0..MERGED {
-        let key = key(watched.slot, direction, at);
-        let Some(entry) = PENDING.get_ptr_mut(&key) else { break };
-        // SAFETY: the pointer is a live entry's; of a race with its eviction or with a bio for the
-        // same place comes a time that belongs to that place, never a wild one.
-        let pending = unsafe { *entry };
+        let Some(pending) = take_pending(key(watched.slot, direction, at)) else { break };
         if at == sector {
-            own = pending.own & 1;
+            own = pending.own;
         }
         first = first.min(pending.queued);
-        if pending.own > 1 {
-            // SAFETY: as above; the entry stays for the others that wait.
-            unsafe { (*entry).own = pending.own - 2 };
-        } else {
-            let _ = PENDING.remove(&key);
-        }
         at = at.wrapping_add(u64::from(pending.sectors));
         if at >= end {
             break;
@@ -56,9 +50,21 @@ fn issue(context: &TracePointContext) -> Option<()> {
     // SAFETY: the helper has no preconditions.
     let now = unsafe { bpf_ktime_get_ns() };
     let waited = if first == UNKNOWN { UNKNOWN } else { now.saturating_sub(first) };
-    if begin(watched.slot, direction, sector, sectors, own, waited) && waited == UNKNOWN {
+    if waited == UNKNOWN {
         // SAFETY: only the address of a field of the entry is taken.
         lost(|losses| unsafe { &raw mut (*losses).orphans });
+    }
+    begin(watched.slot, direction, sector, sectors, own, waited)
+}
+
+/// A request that the driver had given back: its time begins anew, all else of it is known.
+#[inline(always)]
+fn again(key: u64) -> Option<()> {
+    let entry = flight(key, REQUEUED)?;
+    // SAFETY: the pointer is an entry's; a request is issued by one processor at a time.
+    unsafe {
+        (*entry).issued = bpf_ktime_get_ns();
+        (*entry).flags &= !REQUEUED;
     }
     Some(())
 }

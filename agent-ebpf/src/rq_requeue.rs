@@ -4,8 +4,9 @@ use aya_ebpf::macros::tracepoint;
 use aya_ebpf::programs::TracePointContext;
 use underlay_agent_ebpf::{REQUEUED, key};
 
-use crate::maps::{FLIGHTS, RQ_REQUEUE};
+use crate::maps::RQ_REQUEUE;
 use crate::record::Record;
+use crate::table::flight;
 
 /// The entry point.
 #[tracepoint]
@@ -19,8 +20,8 @@ fn requeue(context: &TracePointContext) -> Option<()> {
     let (record, watched) = Record::of(context, &RQ_REQUEUE)?;
     let direction = record.direction()?;
     let end = record.sector().wrapping_add(u64::from(record.sectors()));
-    let flight = FLIGHTS.get_ptr_mut(&key(watched.slot, direction, end))?;
+    let entry = flight(key(watched.slot, direction, end), 0)?;
     // SAFETY: the pointer is a live entry's, and the request's one owner is in this tracepoint.
-    unsafe { (*flight).flags |= REQUEUED };
+    unsafe { (*entry).flags |= REQUEUED };
     Some(())
 }

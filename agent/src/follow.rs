@@ -16,15 +16,13 @@ use crate::device::{Dev, Device, Kind};
 use crate::error::{Error, Result};
 use crate::extents::Extents;
 use crate::histogram::Histogram;
-use crate::probes::{InFlight, Needed, Probes};
+use crate::probes::{InFlight, LONG, Needed, Probes};
 use crate::report::{
     ChunkReport, Cost, Disk, DiskReport, Heat, Load, Losses, Refused, Report, Watch,
 };
 
 /// Most chunks that one report names.
 pub const CHUNKS: usize = 64 << 10;
-/// After this time in flight a request may be one whose completion was missed, in nanoseconds.
-const LONG: u64 = 1_000_000_000;
 
 /// Follows the I/O of the watched disks.
 pub struct Follower {
@@ -252,7 +250,7 @@ impl Follower {
             foreign_reads: load(READ, 0),
             own_writes: load(WRITE, 1),
             foreign_writes: load(WRITE, 0),
-            in_flight: mine.iter().map(|flight| flight.requests).sum(),
+            in_flight: mine.len() as u64,
             oldest_ns: mine.last().map_or(0, |flight| flight.age),
         }))
     }
@@ -271,8 +269,8 @@ fn missed<'a>(flights: &[&'a InFlight], real: Option<u64>) -> Vec<&'a InFlight> 
     let Some(real) = real else { return Vec::new() };
     let mut kept = 0;
     let old = flights.iter().filter(|flight| flight.age > LONG);
-    old.filter(|flight| {
-        kept += flight.requests;
+    old.filter(|_| {
+        kept += 1;
         kept > real
     })
     .copied()

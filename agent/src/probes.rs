@@ -20,12 +20,12 @@ use aya::programs::trace_point::TracePointLinkId;
 use aya::sys::{Stats, enable_stats};
 use nix::time::{ClockId, clock_gettime};
 use underlay_agent_ebpf as layout;
-use underlay_agent_ebpf::{Class, Counters, Flight, Losses, Touch, Watched};
+use underlay_agent_ebpf::{Class, Counters, Losses, Touch, Watched};
 
 use crate::device::{Dev, Kind};
 use crate::error::{Error, Result};
 use crate::report::Cost;
-use crate::sys::{self, Plain};
+use crate::sys::{self, Plain, Table};
 pub use load::embedded;
 
 /// The programs and the tracepoint of each. The last is attached only while a device needs it.
@@ -38,16 +38,15 @@ const PROGRAMS: [(&str, &str); 6] = [
     BIO_COMPLETE,
 ];
 const BIO_COMPLETE: (&str, &str) = ("bio_complete", "block_bio_complete");
-/// Most look-ups of one walk over the flights. The kernel starts over where an entry vanished
-/// underneath, so that a walk has no end of its own.
-const WALK: usize = 2 * layout::FLIGHTS as usize;
+/// After this time in flight a request is looked at twice, in nanoseconds.
+pub const LONG: u64 = 1_000_000_000;
 
 /// Loaded and attached programs.
 pub struct Probes {
     ebpf: Ebpf,
     watched: HashMap<MapData, u32, Plain<Watched>>,
     owners: HashMap<MapData, u32, u32>,
-    flights: HashMap<MapData, u64, Plain<Flight>>,
+    flights: Table,
     counters: Array<MapData, Plain<Counters>>,
     losses: Array<MapData, Plain<Losses>>,
     ring: RingBuf<MapData>,
@@ -60,13 +59,13 @@ pub struct Probes {
 /// A request that has not come back.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct InFlight {
+    at: usize,
     key: u64,
+    issued: u64,
     /// The slot of its disk.
     pub slot: u32,
     /// For how long the device has had it, in nanoseconds.
     pub age: u64,
-    /// It and others that end at the same place.
-    pub requests: u64,
 }
 
 impl Probes {
@@ -153,29 +152,32 @@ impl Probes {
 
     /// The requests that have not come back.
     pub fn in_flight(&self) -> Result<Vec<InFlight>> {
-        let mut found = Vec::new();
-        for entry in self.flights.iter().take(WALK) {
-            // An entry that went between its key and its value is no longer in flight.
-            let Ok((key, Plain(flight))) = entry else { continue };
-            let requests = 1 + u64::from(flight.twins);
-            found.push((key, flight.issued, requests));
-        }
         let now = now()?;
-        found.sort_unstable();
-        found.dedup_by_key(|(key, ..)| *key);
-        let flight = |(key, issued, requests): (u64, u64, u64)| InFlight {
-            key,
-            slot: layout::slot_of(key),
-            age: now.saturating_sub(issued),
-            requests,
-        };
-        Ok(found.into_iter().map(flight).collect())
+        let mut found: Vec<InFlight> =
+            (0..Table::ENTRIES).filter_map(|at| self.read(at, now)).collect();
+        // An entry that is being taken shows its key before its time. It can't be so for long: what
+        // seems old must still be the same.
+        found.retain(|flight| {
+            let same = |again: InFlight| (again.key, again.issued) == (flight.key, flight.issued);
+            flight.age < LONG || self.read(flight.at, now).is_some_and(same)
+        });
+        Ok(found)
+    }
+
+    fn read(&self, at: usize, now: u64) -> Option<InFlight> {
+        let flight = self.flights.read(at)?;
+        Some(InFlight {
+            at,
+            key: flight.key,
+            issued: flight.issued,
+            slot: layout::slot_of(flight.key),
+            age: now.saturating_sub(flight.issued),
+        })
     }
 
     /// Forgets a request whose completion was not seen.
     pub fn forget(&mut self, flight: &InFlight) {
-        // It may have come back at last.
-        let _ = self.flights.remove(&flight.key);
+        self.flights.free(flight.at, flight.key);
     }
 
     /// What was not counted.

@@ -68,8 +68,15 @@ pub use with_probes::*;
 #[cfg(feature = "probes")]
 mod with_probes {
     use std::io;
+    use std::num::NonZero;
+    use std::os::fd::AsFd;
+    use std::ptr::NonNull;
+    use std::sync::atomic::{AtomicU64, Ordering};
 
-    use underlay_agent_ebpf::{Counters, Fields, Flight, Losses, Touch, Watched};
+    use nix::sys::mman::{MapFlags, ProtFlags, mmap, munmap};
+    use underlay_agent_ebpf::{
+        Counters, FLIGHTS, Fields, Flight, Losses, Set, Touch, WAYS, Watched,
+    };
 
     /// A layout of the programs as aya takes it: plain bytes.
     #[derive(Clone, Copy, Debug, Default)]
@@ -80,13 +87,63 @@ mod with_probes {
     // below.
     unsafe impl aya::Pod for Plain<Watched> {}
     // SAFETY: as above.
-    unsafe impl aya::Pod for Plain<Flight> {}
-    // SAFETY: as above.
     unsafe impl aya::Pod for Plain<Counters> {}
     // SAFETY: as above.
     unsafe impl aya::Pod for Plain<Losses> {}
     // SAFETY: as above.
     unsafe impl aya::Pod for Plain<Fields> {}
+
+    /// The table of requests under way, in the programs' own memory.
+    pub struct Table {
+        at: NonNull<Flight>,
+    }
+
+    impl Table {
+        /// Entries of the table.
+        pub const ENTRIES: usize = FLIGHTS as usize * WAYS;
+        const BYTES: NonZero<usize> =
+            NonZero::new(size_of::<Set<Flight>>() * FLIGHTS as usize).unwrap();
+
+        /// Maps it.
+        pub fn map(fd: impl AsFd) -> io::Result<Table> {
+            let may = ProtFlags::PROT_READ | ProtFlags::PROT_WRITE;
+            // SAFETY: a new mapping at a place of the kernel's choice. The map is an array of FLIGHTS
+            // sets (the kernel refuses a longer mapping), and lives as long as the mapping.
+            let at = unsafe { mmap(None, Table::BYTES, may, MapFlags::MAP_SHARED, fd, 0) }?;
+            Ok(Table { at: at.cast() })
+        }
+
+        /// An entry as it is now; nothing if it is free or past the end. The kernel may be writing it.
+        pub fn read(&self, at: usize) -> Option<Flight> {
+            let entry = self.entry(at)?;
+            // SAFETY: within the mapping, which lives as long as `self`; integers, valid for all bits.
+            let flight = unsafe { entry.as_ptr().read_volatile() };
+            (flight.key != 0).then_some(flight)
+        }
+
+        /// Frees an entry if it still has this key.
+        pub fn free(&self, at: usize, key: u64) {
+            let Some(entry) = self.entry(at) else { return };
+            // SAFETY: as above; the field is aligned, and the kernel's side of it is atomic too.
+            let word = unsafe { AtomicU64::from_ptr(&raw mut (*entry.as_ptr()).key) };
+            let _ = word.compare_exchange(key, 0, Ordering::SeqCst, Ordering::SeqCst);
+        }
+
+        fn entry(&self, at: usize) -> Option<NonNull<Flight>> {
+            // SAFETY: within the mapping, as the comparison says: sets have no bytes but their ways.
+            (at < Table::ENTRIES).then(|| unsafe { self.at.add(at) })
+        }
+    }
+
+    impl Drop for Table {
+        fn drop(&mut self) {
+            // SAFETY: the mapping is ours and nobody borrows from it.
+            let _ = unsafe { munmap(self.at.cast(), Table::BYTES.get()) };
+        }
+    }
+
+    // SAFETY: it is reached by volatile and atomic accesses alone, from whatever thread owns it.
+    unsafe impl Send for Table {}
 
     /// A record of the ring; nothing if it has not the size of one.
     pub fn touch(bytes: &[u8]) -> Option<Touch> {

@@ -1,7 +1,10 @@
 //! Loading: the object, the offsets of this kernel, the sizes of maps; then attaching.
 
+use std::io;
+use std::os::fd::AsFd;
+
 use aya::EbpfLoader;
-use aya::maps::MapError;
+use aya::maps::{Map, MapError};
 use aya::programs::TracePoint;
 use aya::programs::trace_point::TracePointLinkId;
 use underlay_agent_ebpf as layout;
@@ -9,7 +12,7 @@ use underlay_agent_ebpf as layout;
 use super::{BIO_COMPLETE, PROGRAMS, Probes, program, refused};
 use crate::device::NUMBERS;
 use crate::error::{Error, Result};
-use crate::sys::Plain;
+use crate::sys::{Plain, Table};
 use crate::tracefs;
 
 #[cfg(embedded)]
@@ -66,11 +69,15 @@ pub(super) fn load(slots: u32) -> Result<Probes> {
         };
         ebpf.take_map(name).ok_or_else(missing)
     };
+    let flights = match map("FLIGHTS")? {
+        Map::Array(data) => Table::map(data.fd().as_fd()),
+        _ => Err(io::Error::other("not an array; build it again: cargo xtask build-ebpf")),
+    };
     let wrong = |error: MapError| refused("opening a map".into(), &error);
     Ok(Probes {
         watched: map("WATCHED")?.try_into().map_err(wrong)?,
         owners: map("OWNERS")?.try_into().map_err(wrong)?,
-        flights: map("FLIGHTS")?.try_into().map_err(wrong)?,
+        flights: flights.map_err(|error| Error::io("mapping the table of requests", error))?,
         counters: map("COUNTERS")?.try_into().map_err(wrong)?,
         losses: map("LOSSES")?.try_into().map_err(wrong)?,
         ring: map("TOUCHES")?.try_into().map_err(wrong)?,
