@@ -15,7 +15,7 @@ pub fn bio_complete(context: TracePointContext) -> u32 {
     if let Some((record, watched)) = Record::of(&context, &BIO_COMPLETE)
         && watched.kind == BIOS
     {
-        finish(&record, watched.slot);
+        finish(&record, u32::from(watched.slot));
     }
     0
 }

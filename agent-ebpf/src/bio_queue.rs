@@ -7,9 +7,9 @@ use aya_ebpf::programs::TracePointContext;
 use underlay_agent_ebpf::{BIOS, Pending, UNKNOWN, key};
 
 use crate::finish::begin;
-use crate::maps::{BIO_QUEUE, OWNERS};
+use crate::maps::BIO_QUEUE;
 use crate::record::Record;
-use crate::table::put_pending;
+use crate::table::{own, put_pending};
 
 /// The entry point.
 #[tracepoint]
@@ -26,12 +26,13 @@ fn queue(context: &TracePointContext) -> Option<()> {
     if sectors == 0 {
         return None;
     }
-    let own = u32::from(OWNERS.get_ptr(&context.tgid()).is_some());
-    if watched.kind == BIOS {
-        return begin(watched.slot, direction, sector, sectors, own, UNKNOWN);
-    }
+    let slot = u32::from(watched.slot);
     // SAFETY: the helper has no preconditions.
-    let queued = unsafe { bpf_ktime_get_ns() };
-    let key = key(watched.slot, direction, sector);
+    let now = unsafe { bpf_ktime_get_ns() };
+    let own = own(context.tgid());
+    if watched.kind == BIOS {
+        return begin(slot, direction, sector, sectors, own, now, UNKNOWN);
+    }
+    let (key, queued) = (key(slot, direction, sector), now);
     put_pending(Pending { key, queued, sectors, own })
 }

@@ -18,6 +18,7 @@ pub fn bio_split(context: TracePointContext) -> u32 {
 #[inline(always)]
 fn split(context: &TracePointContext) -> Option<()> {
     let (record, watched) = Record::of(context, &BIO_SPLIT)?;
+    let slot = u32::from(watched.slot);
     let direction = record.direction()?;
     if watched.kind != REQUESTS {
         // A flight is known by its end, and the part that keeps the bio keeps its end.
@@ -25,7 +26,7 @@ fn split(context: &TracePointContext) -> Option<()> {
     }
     let (sector, second) = (record.sector(), record.new_sector());
     let length = second.checked_sub(sector)?;
-    let entry = pending(key(watched.slot, direction, sector))?;
+    let entry = pending(key(slot, direction, sector))?;
     // SAFETY: the entry is this submitter's own, who is here and nowhere else.
     let whole = unsafe { *entry };
     let rest = u64::from(whole.sectors).checked_sub(length)?;
@@ -34,9 +35,5 @@ fn split(context: &TracePointContext) -> Option<()> {
     }
     // SAFETY: as above.
     unsafe { (*entry).sectors = length as u32 };
-    put_pending(Pending {
-        key: key(watched.slot, direction, second),
-        sectors: rest as u32,
-        ..whole
-    })
+    put_pending(Pending { key: key(slot, direction, second), sectors: rest as u32, ..whole })
 }

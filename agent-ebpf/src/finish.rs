@@ -20,10 +20,9 @@ pub fn begin(
     sector: u64,
     sectors: u32,
     own: u32,
+    issued: u64,
     waited: u64,
 ) -> Option<()> {
-    // SAFETY: the helper has no preconditions.
-    let issued = unsafe { bpf_ktime_get_ns() };
     let key = key(slot, direction, sector.wrapping_add(u64::from(sectors)));
     let flags = if own != 0 { OWN } else { 0 };
     let entered = put_flight(&Flight { key, issued, waited, sector, sectors, flags });

@@ -13,7 +13,9 @@
 pub const SLOTS: u32 = 64;
 /// Most copies of a slot's counters. More processors than this share them: additions are atomic.
 pub const SHARDS: u32 = 16;
-/// Most processes whose I/O counts as our own.
+/// Sets of watched device numbers: 64 disks with 64 numbers each fill half of them.
+pub const WATCHED: u32 = 2 << 10;
+/// Sets of processes whose I/O counts as our own.
 pub const OWNERS: u32 = 64;
 /// Places of a [`Set`]: that many entries whose keys fall together.
 pub const WAYS: usize = 4;
@@ -66,20 +68,22 @@ pub const fn floor(bucket: usize) -> u64 {
     ((1 << STEPS) + step) << (octave - STEPS as u64)
 }
 
-/// Where `slot` is watched: a value of the map of device numbers.
+/// A watched device: an entry of a table by device number. Number 0 is none.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[repr(C)]
 pub struct Watched {
+    /// The number, as tracepoints have it.
+    pub dev: u32,
     /// The slot, below [`SLOTS`].
-    pub slot: u32,
+    pub slot: u16,
     /// [`REQUESTS`] or [`BIOS`].
-    pub kind: u32,
+    pub kind: u16,
 }
 
 /// A device with requests: what counts is their issue and completion.
-pub const REQUESTS: u32 = 0;
+pub const REQUESTS: u16 = 0;
 /// A device without (device-mapper, md): what counts is the submission and the end of a bio.
-pub const BIOS: u32 = 1;
+pub const BIOS: u16 = 1;
 
 /// Reads.
 pub const READ: u32 = 0;
@@ -114,7 +118,7 @@ pub const fn direction_of(key: u64) -> u32 {
     (key >> 55) as u32 & 1
 }
 
-/// The set of a [`key`] in a table of `sets`, a power of two.
+/// The set of a key in a table of `sets`, a power of two.
 #[inline(always)]
 pub const fn set_of(key: u64, sets: u32) -> u32 {
     // Neighbours are spread by the golden ratio; the upper bits of the product are the mixed ones.
@@ -270,6 +274,7 @@ pub const RECORD: usize = 64;
 
 const _: () = assert!(size_of::<Set<Pending>>() == 96 && size_of::<Set<Flight>>() == 160);
 const _: () = assert!(size_of::<Touch>() == 24 && size_of::<Class>() == 48 + 8 * BUCKETS);
+const _: () = assert!(size_of::<Set<Watched>>() == 32 && size_of::<Set<u32>>() == 16);
 const _: () = assert!(size_of::<Counters>() == 6912 && SLOTS <= 256);
 
 #[cfg(test)]

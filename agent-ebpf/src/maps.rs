@@ -1,8 +1,7 @@
 //! The maps, and what user space sets before the programs are loaded.
 //!
 //! Why each is of its kind:
-//! - `PENDING` and `FLIGHTS` are arrays used as tables, four entries to a set (see [`crate::table`]),
-//!   and not hash maps: one look-up and four comparisons where a hash map takes its lock, its lists and
+//! - All tables are arrays of sets of four entries (see [`crate::table`]), and not hash maps: one look-up and four comparisons where a hash map takes its lock, its lists and
 //!   several times as long; and user space reads them in place.
 //! - A full set of `PENDING` gives up its oldest entry: a bio that never reaches a request (it failed
 //!   before) leaves its entry behind, and such entries must fade by themselves. What that costs
@@ -15,17 +14,17 @@
 use core::intrinsics::{AtomicOrdering, atomic_cxchg, atomic_xadd};
 
 use aya_ebpf::macros::map;
-use aya_ebpf::maps::{Array, HashMap, RingBuf};
+use aya_ebpf::maps::{Array, RingBuf};
 use underlay_agent_ebpf as layout;
 use underlay_agent_ebpf::{Counters, Fields, Flight, Losses, Pending, Set, Watched};
 
-/// Device number, as tracepoints have it, to slot. User space sets the number of entries.
+/// Watched devices by number.
 #[map]
-pub static WATCHED: HashMap<u32, Watched> = HashMap::with_max_entries(1, 0);
+pub static WATCHED: Array<Set<Watched>> = Array::with_max_entries(layout::WATCHED, 0);
 
 /// The thread groups whose I/O is our own.
 #[map]
-pub static OWNERS: HashMap<u32, u32> = HashMap::with_max_entries(layout::OWNERS, 0);
+pub static OWNERS: Array<Set<u32>> = Array::with_max_entries(layout::OWNERS, 0);
 
 /// Bios by [`layout::key`] of their first sector.
 #[map]

@@ -4,17 +4,20 @@
 //! verifier (read-only data, frozen before the load), so it can prove each load to be in bounds. They
 //! are read one by one where they are used: it forgets what goes through the stack in four bytes.
 
+use core::mem::MaybeUninit;
+
 use aya_ebpf::EbpfContext;
 use aya_ebpf::helpers::generated::bpf_probe_read_kernel;
 use aya_ebpf::programs::TracePointContext;
 use underlay_agent_ebpf::{Fields, READ, RECORD, WRITE, Watched};
 
-use crate::maps::{WATCHED, setting};
+use crate::maps::setting;
+use crate::table::watched;
 
 /// The head of a record.
 #[repr(C, align(8))]
 pub struct Record {
-    bytes: [u8; RECORD],
+    bytes: MaybeUninit<[u8; RECORD]>,
     fields: &'static Fields,
 }
 
@@ -23,17 +26,16 @@ impl Record {
     /// watched.
     #[inline(always)]
     pub fn of(context: &TracePointContext, fields: &'static Fields) -> Option<(Record, Watched)> {
-        let mut record = Record { bytes: [0; RECORD], fields };
+        let mut record = Record { bytes: MaybeUninit::uninit(), fields };
         let to = record.bytes.as_mut_ptr();
-        // SAFETY: the target is RECORD bytes of this stack; the helper checks the source itself.
+        // SAFETY: the target is RECORD bytes of this stack; the helper checks the source itself, and
+        // fills the target or fails.
         let failed = unsafe { bpf_probe_read_kernel(to.cast(), RECORD as u32, context.as_ptr()) };
         if failed != 0 {
             return None;
         }
-        let dev: u32 = record.load(setting(&record.fields.dev));
-        // SAFETY: entries of this map change by replacement only, and two words need no more.
-        let watched = unsafe { WATCHED.get(&dev) }?;
-        Some((record, *watched))
+        let watched = watched(record.load(setting(&record.fields.dev)))?;
+        Some((record, watched))
     }
 
     /// The first sector, absolute on the disk.
@@ -81,6 +83,6 @@ impl Record {
     fn load<T: Copy>(&self, at: u32) -> T {
         // SAFETY: user space loads the programs only with offsets such that the widest field ends
         // within RECORD; the verifier proves it again. Plain integers are valid for all bits.
-        unsafe { self.bytes.as_ptr().add(at as usize).cast::<T>().read_unaligned() }
+        unsafe { self.bytes.as_ptr().cast::<u8>().add(at as usize).cast::<T>().read_unaligned() }
     }
 }

@@ -14,7 +14,7 @@ pub fn rq_complete(context: TracePointContext) -> u32 {
     if let Some((record, watched)) = Record::of(&context, &RQ_COMPLETE)
         && watched.kind == REQUESTS
     {
-        finish(&record, watched.slot);
+        finish(&record, u32::from(watched.slot));
     }
     0
 }

@@ -24,20 +24,21 @@ pub fn rq_issue(context: TracePointContext) -> u32 {
 #[inline(always)]
 fn issue(context: &TracePointContext) -> Option<()> {
     let (record, watched) = Record::of(context, &RQ_ISSUE)?;
+    let slot = u32::from(watched.slot);
     let direction = record.direction()?;
     let (sector, sectors) = (record.sector(), record.sectors());
     if sectors == 0 || watched.kind != REQUESTS {
         return None;
     }
     let (mut at, end) = (sector, sector.wrapping_add(u64::from(sectors)));
-    if again(key(watched.slot, direction, end)).is_some() {
+    if again(key(slot, direction, end)).is_some() {
         return None;
     }
     let (mut own, mut first) = (0, UNKNOWN);
     // The bios of a request lie end to end. The request is the first one's, and has waited as long
     // as the one that waited longest.
     for _ in 0..MERGED {
-        let Some(pending) = take_pending(key(watched.slot, direction, at)) else { break };
+        let Some(pending) = take_pending(key(slot, direction, at)) else { break };
         if at == sector {
             own = pending.own;
         }
@@ -54,7 +55,7 @@ fn issue(context: &TracePointContext) -> Option<()> {
         // SAFETY: only the address of a field of the entry is taken.
         lost(|losses| unsafe { &raw mut (*losses).orphans });
     }
-    begin(watched.slot, direction, sector, sectors, own, waited)
+    begin(slot, direction, sector, sectors, own, now, waited)
 }
 
 /// A request that the driver had given back: its time begins anew, all else of it is known.

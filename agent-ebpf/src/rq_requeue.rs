@@ -18,9 +18,10 @@ pub fn rq_requeue(context: TracePointContext) -> u32 {
 #[inline(always)]
 fn requeue(context: &TracePointContext) -> Option<()> {
     let (record, watched) = Record::of(context, &RQ_REQUEUE)?;
+    let slot = u32::from(watched.slot);
     let direction = record.direction()?;
     let end = record.sector().wrapping_add(u64::from(record.sectors()));
-    let entry = flight(key(watched.slot, direction, end), 0)?;
+    let entry = flight(key(slot, direction, end), 0)?;
     // SAFETY: the pointer is a live entry's, and the request's one owner is in this tracepoint.
     unsafe { (*entry).flags |= REQUEUED };
     Some(())

@@ -1,4 +1,5 @@
-//! The two tables of I/Os under way: sets of four entries in an array.
+//! Tables: sets of four entries in an array. Watched devices and owners, which user space writes; bios
+//! and requests under way, which are taken and left here.
 //!
 //! Invariants:
 //! - An entry is taken by exchanging its key, 0 for the I/O's or the I/O's for 0: of two processors one
@@ -6,9 +7,37 @@
 //! - Two I/Os of one place at one time are two entries. Which of them ends first is not told apart: the
 //!   sum of their times is right, and so is their number.
 
-use underlay_agent_ebpf::{self as layout, Flight, Pending, set_of};
+use underlay_agent_ebpf::{self as layout, Flight, Pending, Watched, set_of};
 
-use crate::maps::{FLIGHTS, PENDING, exchange};
+use crate::maps::{FLIGHTS, OWNERS, PENDING, WATCHED, exchange};
+
+/// The watched device of this number.
+#[inline(always)]
+pub fn watched(dev: u32) -> Option<Watched> {
+    let set = WATCHED.get_ptr(set_of(u64::from(dev), layout::WATCHED))?.cast::<Watched>();
+    for at in 0..layout::WAYS {
+        // SAFETY: the set is live map memory of that many entries, each one aligned word.
+        let entry = unsafe { *set.add(at) };
+        if entry.dev == dev {
+            return Some(entry);
+        }
+    }
+    None
+}
+
+/// 1 if I/O of this thread group is our own.
+#[inline(always)]
+pub fn own(tgid: u32) -> u32 {
+    let set = OWNERS.get_ptr(set_of(u64::from(tgid), layout::OWNERS)).map(|set| set.cast::<u32>());
+    let Some(set) = set else { return 0 };
+    for at in 0..layout::WAYS {
+        // SAFETY: the set is live map memory of that many entries.
+        if unsafe { *set.add(at) } == tgid {
+            return 1;
+        }
+    }
+    0
+}
 
 /// The place of a pending bio with this key.
 #[inline(always)]

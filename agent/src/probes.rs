@@ -7,6 +7,7 @@
 //! - What is read are totals since the load; differences are the caller's.
 
 mod load;
+mod sets;
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -14,7 +15,7 @@ use std::io;
 use std::os::fd::OwnedFd;
 
 use aya::Ebpf;
-use aya::maps::{Array, HashMap, MapData, MapError, RingBuf};
+use aya::maps::{Array, MapData, RingBuf};
 use aya::programs::TracePoint;
 use aya::programs::trace_point::TracePointLinkId;
 use aya::sys::{Stats, enable_stats};
@@ -27,6 +28,7 @@ use crate::error::{Error, Result};
 use crate::report::Cost;
 use crate::sys::{self, Plain, Table};
 pub use load::embedded;
+use sets::Sets;
 
 /// The programs and the tracepoint of each. The last is attached only while a device needs it.
 const PROGRAMS: [(&str, &str); 6] = [
@@ -44,8 +46,9 @@ pub const LONG: u64 = 1_000_000_000;
 /// Loaded and attached programs.
 pub struct Probes {
     ebpf: Ebpf,
-    watched: HashMap<MapData, u32, Plain<Watched>>,
-    owners: HashMap<MapData, u32, u32>,
+    watched: Sets<Watched>,
+    owners: Sets<u32>,
+    tgids: Vec<u32>,
     flights: Table,
     counters: Array<MapData, Plain<Counters>>,
     losses: Array<MapData, Plain<Losses>>,
@@ -85,16 +88,13 @@ impl Probes {
             Kind::Requests => layout::REQUESTS,
             Kind::Bios => layout::BIOS,
         };
-        let set = self.watched.insert(dev.kernel(), Plain(Watched { slot, kind }), 0);
-        set.map_err(|error| refused(format!("watching device {dev}"), &error))
+        let entry = Watched { dev: dev.kernel(), slot: slot as u16, kind };
+        self.watched.put(u64::from(entry.dev), entry, |other| other.dev)
     }
 
     /// I/O of `dev` counts no longer.
     pub fn unwatch(&mut self, dev: Dev) -> Result<()> {
-        match self.watched.remove(&dev.kernel()) {
-            Ok(()) | Err(MapError::KeyNotFound) => Ok(()),
-            Err(error) => Err(refused(format!("no longer watching device {dev}"), &error)),
-        }
+        self.watched.remove(u64::from(dev.kernel()), dev.kernel(), |other| other.dev)
     }
 
     /// Attaches the program that sees the ends of bios, or detaches it.
@@ -114,15 +114,15 @@ impl Probes {
         Ok(())
     }
 
-    /// Makes `tgids` the processes whose I/O is our own; those past [`layout::OWNERS`] are left out.
+    /// Makes `tgids` the processes whose I/O is our own.
     pub fn own(&mut self, tgids: &[u32]) -> Result<()> {
-        let before: Vec<u32> = self.owners.keys().filter_map(|key| key.ok()).collect();
+        let before = std::mem::take(&mut self.tgids);
         for gone in before.iter().filter(|tgid| !tgids.contains(tgid)) {
-            let _ = self.owners.remove(gone);
+            self.owners.remove(u64::from(*gone), *gone, |other| *other)?;
         }
-        for tgid in tgids.iter().take(layout::OWNERS as usize) {
-            let set = self.owners.insert(tgid, 1, 0);
-            set.map_err(|error| refused(format!("noting process {tgid}"), &error))?;
+        for tgid in tgids.iter().filter(|tgid| **tgid != 0) {
+            self.owners.put(u64::from(*tgid), *tgid, |other| *other)?;
+            self.tgids.push(*tgid);
         }
         Ok(())
     }

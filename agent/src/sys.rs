@@ -85,7 +85,9 @@ mod with_probes {
 
     // SAFETY: repr(C) or transparent over it, integers only, no padding, valid for all bits; likewise
     // below.
-    unsafe impl aya::Pod for Plain<Watched> {}
+    unsafe impl aya::Pod for Plain<Set<Watched>> {}
+    // SAFETY: as above.
+    unsafe impl aya::Pod for Plain<Set<u32>> {}
     // SAFETY: as above.
     unsafe impl aya::Pod for Plain<Counters> {}
     // SAFETY: as above.

@@ -9,8 +9,8 @@ use aya::programs::TracePoint;
 use aya::programs::trace_point::TracePointLinkId;
 use underlay_agent_ebpf as layout;
 
+use super::sets::Sets;
 use super::{BIO_COMPLETE, PROGRAMS, Probes, program, refused};
-use crate::device::NUMBERS;
 use crate::error::{Error, Result};
 use crate::sys::{Plain, Table};
 use crate::tracefs;
@@ -50,7 +50,6 @@ pub(super) fn load(slots: u32) -> Result<Probes> {
     }
     loader.override_global("SHARDS", &shards, true);
     loader.map_max_entries("COUNTERS", slots * shards);
-    loader.map_max_entries("WATCHED", slots * NUMBERS as u32);
     let mut ebpf = loader.load(object).map_err(|error| refused("loading maps".into(), &error))?;
 
     for (name, _) in PROGRAMS {
@@ -75,8 +74,9 @@ pub(super) fn load(slots: u32) -> Result<Probes> {
     };
     let wrong = |error: MapError| refused("opening a map".into(), &error);
     Ok(Probes {
-        watched: map("WATCHED")?.try_into().map_err(wrong)?,
-        owners: map("OWNERS")?.try_into().map_err(wrong)?,
+        watched: Sets::new(map("WATCHED")?.try_into().map_err(wrong)?, "device"),
+        owners: Sets::new(map("OWNERS")?.try_into().map_err(wrong)?, "process"),
+        tgids: Vec::new(),
         flights: flights.map_err(|error| Error::io("mapping the table of requests", error))?,
         counters: map("COUNTERS")?.try_into().map_err(wrong)?,
         losses: map("LOSSES")?.try_into().map_err(wrong)?,
