@@ -10,7 +10,7 @@ use anyhow::Result;
 use clap::{Parser, Subcommand};
 use underlay_agent::follow::Follower;
 use underlay_agent::probes::Probes;
-use underlay_agent::serve::Signals;
+use underlay_agent::serve::{Signals, Until};
 use underlay_agent::{capabilities, check, serve};
 
 /// Follows each disk read from submission to completion, in the kernel.
@@ -29,6 +29,9 @@ struct Args {
     /// Keep account of what the programs cost (needs CAP_SYS_ADMIN at the start)
     #[arg(long)]
     account: bool,
+    /// End when standard input does
+    #[arg(long)]
+    until_end_of_input: bool,
     #[command(subcommand)]
     command: Option<Command>,
 }
@@ -61,7 +64,8 @@ fn run(args: &Args) -> Result<ExitCode> {
         (Some(Command::Check { json }), _) => return found(*json, args.slots),
         (Some(Command::Watch(options)), _) => watch::run(options)?,
         (None, Some(socket)) => {
-            let signals = Signals::take()?;
+            let until = if args.until_end_of_input { Until::EndOfInput } else { Until::Signal };
+            let signals = Signals::take(until)?;
             let mut probes = Probes::load(args.slots)?;
             if args.account {
                 probes.account()?;

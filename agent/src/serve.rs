@@ -32,21 +32,35 @@ const LONGEST: Duration = Duration::from_secs(5);
 /// SIGTERM, SIGINT and SIGHUP, taken in turn with the clock instead of at any moment.
 pub struct Signals {
     fd: SignalFd,
+    until: Until,
+}
+
+/// How long to serve, unless a signal comes first.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Until {
+    /// Whatever becomes of standard input.
+    Signal,
+    /// Until standard input is closed: whoever started the agent holds its other end, and is gone then.
+    EndOfInput,
 }
 
 impl Signals {
     /// From here on they are ours; to be called before any thread is started.
-    pub fn take() -> Result<Signals> {
+    pub fn take(until: Until) -> Result<Signals> {
         let set: SigSet = [Signal::SIGTERM, Signal::SIGINT, Signal::SIGHUP].into_iter().collect();
         let wrong = |error| Error::io("taking signals", error);
         set.thread_block().map_err(wrong)?;
         let fd = SignalFd::with_flags(&set, SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK);
-        Ok(Signals { fd: fd.map_err(wrong)? })
+        Ok(Signals { fd: fd.map_err(wrong)?, until })
     }
 
     /// Waits for a tick; tells whether it is time to end.
     pub fn tick(&self) -> Result<Go> {
-        let mut fds = [PollFd::new(self.fd.as_fd(), PollFlags::POLLIN)];
+        let input = std::io::stdin();
+        let mut fds = vec![PollFd::new(self.fd.as_fd(), PollFlags::POLLIN)];
+        if self.until == Until::EndOfInput {
+            fds.push(PollFd::new(input.as_fd(), PollFlags::POLLIN));
+        }
         match poll(&mut fds, PollTimeout::from(TICK)) {
             Ok(0) | Err(nix::errno::Errno::EINTR) => Ok(Go::On),
             Ok(_) => Ok(Go::Home),

@@ -12,7 +12,7 @@ use underlay_agent::fiemap::extents_of;
 use underlay_agent::follow::Follower;
 use underlay_agent::probes::Probes;
 use underlay_agent::report::{Disk, File as Followed, Report, Watch};
-use underlay_agent::serve::{Go, Signals};
+use underlay_agent::serve::{Go, Signals, Until};
 use underlay_agent::{capabilities, table};
 
 /// What to watch, and how to show it.
@@ -48,7 +48,7 @@ pub fn run(options: &Options) -> Result<()> {
         None => None,
     };
     let watch = watch(options)?;
-    let signals = Signals::take()?;
+    let signals = Signals::take(Until::Signal)?;
     let mut probes = Probes::load(u32::try_from(watch.disks.len())?)?;
     if options.account {
         probes.account()?;

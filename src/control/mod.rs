@@ -24,6 +24,7 @@ pub mod server;
 pub mod service;
 pub mod socket;
 
+mod agent;
 mod attachments;
 mod exports;
 mod job;

@@ -17,6 +17,7 @@ mod pins;
 mod plan;
 mod report;
 mod requests;
+mod watch;
 
 pub use requests::recording_length;
 
@@ -33,10 +34,12 @@ use self::{
     pins::Pins,
     plan::{Images, Plan, Reads},
     report::Probes,
+    watch::{Scene, Watched},
 };
 use crate::{
     catalog::{Digest, DiskState, DiskStatus, Name, Node},
     control::{
+        agent,
         config::Config,
         exports::Exports,
         service::blocking,
@@ -65,14 +68,22 @@ pub struct Promotion {
 struct State {
     disks: Vec<DiskStatus>,
     /// A look at the disks that is under way.
-    looking: Option<JoinHandle<Result<Vec<DiskStatus>>>>,
+    looking: Option<JoinHandle<Result<Look>>>,
     plans: BTreeMap<Name, Plan>,
     images: Images,
     signals: Signals<Name>,
     probes: Probes,
+    watched: Arc<Watched>,
     /// Chunks of images in the order of their first reads, since their recordings began.
     recordings: HashMap<Digest, Recording>,
     ticked: Instant,
+}
+
+/// What a look at the disks brought.
+struct Look {
+    disks: Vec<DiskStatus>,
+    /// What the agent is to watch from now on, if that changed.
+    changed: Option<Watched>,
 }
 
 /// A profile in the making.
@@ -110,12 +121,18 @@ impl Promotion {
                 plans: BTreeMap::new(),
                 images: Images::default(),
                 signals: Signals::default(),
+                watched: Arc::default(),
                 probes: Probes::none("no agent has reported yet"),
                 recordings: HashMap::new(),
                 ticked: Instant::now(),
             }),
         });
         tokio::spawn(tick_for_ever(Arc::downgrade(&promotion)));
+        if config.probes {
+            tokio::spawn(agent::keep(config.socket.clone(), Arc::downgrade(&promotion)));
+        } else {
+            promotion.no_agent("probes are switched off (`probes` in the configuration)".into());
+        }
         Ok(promotion)
     }
 
@@ -133,16 +150,25 @@ impl Promotion {
                 _ => state.looking.take(),
             }
         };
-        let disks = match finished {
-            Some(looking) => looking.await.unwrap_or_else(|_| Ok(Vec::new())).ok(),
+        let found = match finished {
+            Some(looking) => looking.await.ok().and_then(Result::ok),
             None => None,
         };
-        let node = self.bench.node.clone();
-        let looking = tokio::spawn(blocking(move || Ok(node.disks())));
         let mut state = self.state();
-        state.looking = Some(looking);
-        if let Some(disks) = disks {
-            state.disks = disks;
+        let (node, watched) = (self.bench.node.clone(), state.watched.clone());
+        state.looking = Some(tokio::spawn(blocking(move || {
+            let scene = Scene::of(&node);
+            // Copies lie where they lie: extents are asked for once.
+            let changed = (!watched.is_of(&scene))
+                .then(|| Watched::of(&node, scene, watched.watch.generation + 1));
+            Ok(Look { disks: node.disks(), changed })
+        })));
+        if let Some(look) = found {
+            state.disks = look.disks;
+            if let Some(changed) = look.changed {
+                state.probes.follow(changed.followed());
+                state.watched = Arc::new(changed);
+            }
         }
     }
 

@@ -41,6 +41,8 @@ use crate::{
 
 /// Bytes that the body of a request may have, uploads aside.
 const BODY_MAX: usize = 64 << 10;
+/// Bytes that a report of the agent may have: as many chunks as it may name, and more.
+const REPORT_MAX: usize = 32 << 20;
 
 type Node = State<Arc<Service>>;
 type Answer<T> = Result<Json<T>, Failure>;
@@ -73,6 +75,11 @@ pub fn router(service: Arc<Service>) -> Router {
         .route("/v1/profiles/{name}/record", post(promotion::record_profile))
         .route("/v1/images/{name}/heat", get(promotion::heat))
         .route("/v1/activity", get(promotion::activity))
+        .route("/v1/probes/watch", get(promotion::watch))
+        .route(
+            "/v1/probes/report",
+            post(promotion::report).layer(DefaultBodyLimit::max(REPORT_MAX)),
+        )
         .route("/v1/fsck", post(fsck))
         .route("/openapi.json", get(openapi))
         .route("/metrics", get(metrics))
@@ -128,6 +135,8 @@ pub fn router(service: Arc<Service>) -> Router {
         promotion::record_profile,
         promotion::heat,
         promotion::activity,
+        promotion::watch,
+        promotion::report,
         fsck,
         metrics,
         openapi
@@ -435,7 +444,7 @@ mod tests {
                 described.push(format!("{method} {path}"));
             }
         }
-        assert_eq!(described.len(), 34, "{described:?}");
+        assert_eq!(described.len(), 36, "{described:?}");
         // References within the document lead somewhere.
         let text = document.to_string();
         for reference in text.split("\"$ref\":\"#/components/schemas/").skip(1) {

@@ -1,13 +1,17 @@
 //! What the agent reported last: of each disk, and which chunks of which copies reached the device.
 
 use std::{
-    collections::HashMap,
+    collections::{HashMap, HashSet},
     time::{Duration, Instant},
 };
+
+use underlay_agent::report::{DiskReport, Load, Report};
 
 use crate::{
     catalog::{Digest, Name},
     control::api::{Origin, SignalView},
+    histogram::{self, Counts},
+    promote::signal::Signals,
     units::Chunk,
 };
 
@@ -27,6 +31,8 @@ pub struct Probes {
     /// By copy (image and disk): the chunks whose reads reached the device, and in which tick.
     chunks: HashMap<(Digest, Name), HashMap<Chunk, u64>>,
     tick: u64,
+    /// The copies whose extents are known.
+    followed: HashSet<(Digest, Name)>,
 }
 
 /// A disk as the probes saw it in the last second.
@@ -44,6 +50,30 @@ pub struct Probed {
     pub queue_seconds: f64,
 }
 
+impl Probed {
+    fn of(disk: &DiskReport) -> Probed {
+        let (own, foreign) = (&disk.own_reads, &disk.foreign_reads);
+        let queued = own.queued + foreign.queued;
+        let waited = own.queue_ns + foreign.queue_ns;
+        Probed {
+            own: own.count,
+            foreign: foreign.count,
+            in_flight: disk.in_flight,
+            oldest_seconds: disk.oldest_ns as f64 / 1e9,
+            queue_seconds: waited as f64 / queued.max(1) as f64 / 1e9,
+        }
+    }
+}
+
+/// The agent's histogram as one of ours; buckets are the same from 1 µs on.
+fn counts(load: &Load) -> Counts {
+    let mut counts = Counts { nanos: load.device_ns, ..Counts::default() };
+    for (from, _, count) in load.device.iter() {
+        counts.buckets[histogram::bucket(from)] += count;
+    }
+    counts
+}
+
 impl Probes {
     /// No agent has reported, because of `reason`.
     pub fn none(reason: impl Into<String>) -> Probes {
@@ -55,12 +85,53 @@ impl Probes {
             disks: HashMap::new(),
             chunks: HashMap::new(),
             tick: 0,
+            followed: HashSet::new(),
         }
     }
 
     /// Whether an agent reports.
     pub fn is_live(&self) -> bool {
         self.heard.is_some_and(|at| at.elapsed() < FRESH)
+    }
+
+    /// From now on this is why there are none, while there are none.
+    pub fn missing(&mut self, reason: impl Into<String>) {
+        self.reason = reason.into();
+    }
+
+    /// These are the copies whose reads the probes can tell.
+    pub fn follow(&mut self, copies: HashSet<(Digest, Name)>) {
+        self.followed = copies;
+    }
+
+    /// Takes a report in; `file` tells the copy that the agent knows by a number.
+    pub fn take(
+        &mut self,
+        report: &Report,
+        signals: &mut Signals<Name>,
+        file: impl Fn(u64) -> Option<(Digest, Name)>,
+    ) {
+        if !self.is_live() {
+            tracing::info!(agent = report.pid, version = report.version, "the probes tell");
+        }
+        self.heard = Some(Instant::now());
+        self.agent = report.pid;
+        self.cost = report.cost.and_then(|cost| cost.run_ns.checked_div(cost.runs));
+        for refused in &report.refused {
+            tracing::debug!(disk = refused.name, why = refused.why, "not watched by the probes");
+        }
+        self.disks.clear();
+        for disk in &report.disks {
+            let Ok(name) = disk.name.parse::<Name>() else { continue };
+            let mut reads = counts(&disk.own_reads);
+            reads.add(&counts(&disk.foreign_reads));
+            signals.probed(&name, &reads);
+            self.disks.insert(name, Probed::of(disk));
+        }
+        for chunk in report.chunks.iter().filter(|chunk| chunk.own.reads > 0) {
+            let Some(copy) = file(chunk.file) else { continue };
+            self.chunks.entry(copy).or_default().insert(Chunk(chunk.chunk), self.tick);
+        }
     }
 
     /// A tick begins: what is old is forgotten.
@@ -76,10 +147,12 @@ impl Probes {
     /// Whether a read of this chunk of the copy on `disk` reached the device of late; `None` if the
     /// probes can't tell.
     pub fn saw(&self, digest: Digest, disk: &Name, chunk: Chunk) -> Option<bool> {
-        if !self.is_live() {
+        let copy = (digest, disk.clone());
+        if !self.is_live() || !self.disks.contains_key(disk) || !self.followed.contains(&copy) {
             return None;
         }
-        Some(self.chunks.get(&(digest, disk.clone()))?.contains_key(&chunk))
+        let chunks = self.chunks.get(&copy);
+        Some(chunks.is_some_and(|chunks| chunks.contains_key(&chunk)))
     }
 
     /// The disk as it was in the last second.

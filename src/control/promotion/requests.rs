@@ -1,5 +1,6 @@
 //! What the API asks of promotion.
 
+use underlay_agent::report::{Report, Watch};
 use uuid::Uuid;
 
 use super::*;
@@ -290,6 +291,27 @@ impl Promotion {
         });
         if let Err(error) = removed.await {
             tracing::warn!(image = %digest, %error, "not all that was promoted of it is removed");
+        }
+    }
+
+    /// What the agent is to watch, unless it knows: it has that of `generation`.
+    pub fn watch(&self, generation: Option<u64>) -> Option<Watch> {
+        let watched = self.state().watched.clone();
+        let known = Some(watched.watch.generation) == generation;
+        (!known && watched.watch.generation > 0).then(|| watched.watch.clone())
+    }
+
+    /// No agent runs, because of `reason`.
+    pub fn no_agent(&self, reason: String) {
+        self.state().probes.missing(reason);
+    }
+
+    /// Takes in what the agent saw.
+    pub fn report(&self, report: &Report) {
+        let mut state = self.state();
+        let State { probes, signals, watched, .. } = &mut *state;
+        if report.generation == watched.watch.generation {
+            probes.take(report, signals, |file| watched.file(file));
         }
     }
 

@@ -1,5 +1,9 @@
 //! The paths of caches, profiles and what happens on the disks.
 
+use serde::Deserialize;
+use underlay_agent::report::{Report, Watch};
+use utoipa::IntoParams;
+
 use super::*;
 use crate::{catalog::Profile, control::promotion::recording_length};
 
@@ -110,4 +114,36 @@ pub async fn activity(State(service): Node) -> Answer<Activity> {
 pub async fn heat(State(service): Node, Named(name): Named) -> Answer<Heat> {
     let image = service.image(name).await?.status;
     Ok(Json(blocking(move || Ok(service.promotion().heat(image.digest, image.size))).await?))
+}
+
+/// What the agent has already.
+#[derive(Deserialize, IntoParams)]
+#[serde(deny_unknown_fields)]
+#[into_params(parameter_in = Query)]
+pub struct Known {
+    /// The generation of the watch that it has.
+    generation: Option<u64>,
+}
+
+/// For the agent: which disks to watch, and where the copies on them lie.
+#[utoipa::path(get, path = "/v1/probes/watch", params(Known), responses(
+    (status = 200, body = Object), (status = 204, description = "nothing new")))]
+pub async fn watch(
+    State(service): Node,
+    known: Result<Query<Known>, QueryRejection>,
+) -> Result<Response, Failure> {
+    let Query(known) = known.map_err(|error| misshapen(error.body_text()))?;
+    let watch: Option<Watch> = service.promotion().watch(known.generation);
+    Ok(match watch {
+        Some(watch) => Json(watch).into_response(),
+        None => StatusCode::NO_CONTENT.into_response(),
+    })
+}
+
+/// From the agent: what was seen in the last second.
+#[utoipa::path(post, path = "/v1/probes/report", request_body = Object, responses(
+    (status = 200, description = "taken"), (status = "4XX", body = Refusal)))]
+pub async fn report(State(service): Node, Input(report): Input<Report>) -> Answer<()> {
+    service.promotion().report(&report);
+    Ok(Json(()))
 }

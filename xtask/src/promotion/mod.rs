@@ -133,10 +133,11 @@ fn slow_disk(lab: &Lab, signal: Signal, chart: Option<&Path>) -> Result<String> 
     let mut load = Load::new(node.content.clone());
     for disk in ["b", "c"] {
         let export = format!("replica/on-{disk}");
-        for _ in 0..4 {
+        // As many readers to each disk: A has those of two replicas.
+        for _ in 0..2 {
             load.read(node.daemon.nbd(), &export, Some(HOT), 0)?;
         }
-        for _ in 0..2 {
+        for _ in 0..4 {
             load.read(node.daemon.nbd(), &export, None, OWN)?;
         }
     }
