@@ -1,14 +1,15 @@
 //! Scenarios with a name: what the policy is for, each told as a load, tick by tick.
 //!
-//! Invariants checked: scans don't displace the hot set, a slow pass earns nothing, a boot that is read again
-//! does; the hot set may move; promotion stops when the copy's disk recovers; a cache that shrinks gives up the
-//! coldest; pins and warm lists come in their order; a failure is no loop; a lost chunk comes back.
+//! Invariants checked: scans don't displace the hot set, a slow pass earns nothing, a boot that is
+//! read again does; the hot set may move; promotion stops when the copy's disk recovers; a cache
+//! that shrinks gives up the coldest; pins and warm lists come in their order; a failure is no
+//! loop; a lost chunk comes back.
 
 use std::time::Duration;
 
-use super::gain::CopyLatency;
+use super::gain::Latency;
 use super::heat::State;
-use super::policy::{Decisions, Tick, Touch};
+use super::tick::{Decisions, Tick, Touch};
 use super::{Key, Policy, Settings};
 use crate::units::{CHUNK, Chunk};
 
@@ -53,7 +54,7 @@ impl Disk {
             elapsed: Duration::from_secs(1),
             touches: &touches,
             hits: &hits,
-            copies: &[CopyLatency { image: IMAGE, nanos: self.copy }],
+            copies: &[Latency { image: IMAGE, nanos: self.copy }],
             local: LOCAL,
             capacity: self.capacity * CHUNK,
             free: 1 << 40,
@@ -218,6 +219,11 @@ fn pins_come_first_then_warm_lists_then_heat() {
     assert_eq!(order, [21, 20, 11, 10, 0, 1].map(key));
     assert!([21, 20, 0, 1].into_iter().all(|chunk| disk.has(chunk)));
     assert_eq!(disk.policy.waiting(), (0, 0));
+    for _ in 0..5 {
+        disk.policy.pin(&[key(50)]).unwrap();
+        assert_eq!(disk.policy.waiting(), (1, 0), "asked for again, it waits once");
+        disk.policy.unpin(&[key(50)]);
+    }
 }
 
 #[test]
