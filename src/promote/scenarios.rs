@@ -9,6 +9,7 @@ use std::time::Duration;
 
 use super::gain::Latency;
 use super::heat::State;
+use super::policy::MOVES;
 use super::tick::{Decisions, Tick, Touch};
 use super::{Key, Policy, Settings};
 use crate::units::{CHUNK, Chunk};
@@ -88,6 +89,29 @@ fn the_second_touch_is_promoted_and_the_first_is_not() {
     assert_eq!((totals.hits, totals.misses, totals.written), (1, 2, CHUNK));
     assert_eq!((totals.saved, totals.missed), (SLOW - LOCAL, 2 * (SLOW - LOCAL)));
     assert!((totals.saved_per_mib().unwrap() - 4.0 * 19.8).abs() < 1e-9);
+}
+
+#[test]
+fn every_read_of_a_hit_saves_and_a_tick_is_bounded() {
+    let mut disk = Disk::new(5000);
+    disk.budget = 1 << 40;
+    disk.read(0..3000);
+    let (first, second) = (disk.read(0..3000).promote.len(), disk.read([]).promote.len());
+    assert_eq!((first, second, disk.cached()), (MOVES, MOVES, 2 * MOVES));
+    let saved = disk.policy.totals().saved;
+    disk.read([5, 5, 5]);
+    disk.policy.tick(&Tick {
+        elapsed: Duration::from_secs(1),
+        touches: &[],
+        hits: &[Touch { key: key(5), reads: 4, nanos: LOCAL }],
+        copies: &[],
+        local: LOCAL,
+        capacity: 0,
+        free: 0,
+        budget: 0,
+    });
+    assert_eq!(disk.policy.totals().saved - saved, 7 * (SLOW - LOCAL));
+    assert_eq!(disk.policy.heat().count(State::Leaving), MOVES, "no more than that are evicted");
 }
 
 #[test]
