@@ -7,7 +7,7 @@
 //! touches count.
 //!
 //! Invariants:
-//! - At most [`OPEN`] runs are remembered an image, and only while they move; O(touched) a tick.
+//! - At most `OPEN` runs are remembered an image, and only while they move; O(touched) a tick.
 
 use std::collections::BTreeMap;
 
