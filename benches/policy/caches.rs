@@ -1,7 +1,7 @@
 //! What the policy is compared with: caches that decide at every access, at once.
 //!
-//! None of them is product code. Each is its paper's algorithm, over keys of one size; whatever enters
-//! the cache is written once (moves between queues are free).
+//! None of them is product code. Each is its paper's algorithm, over keys of one size; whatever
+//! enters the cache is written once (moves between queues are free).
 
 use std::collections::{BTreeMap, HashMap, HashSet, VecDeque};
 
@@ -76,8 +76,8 @@ impl Cache for Lru {
     }
 }
 
-/// LARC (Huang et al., MSST 2013): LRU behind a ghost queue whose size adapts: what misses twice within it
-/// is let in.
+/// LARC (Huang et al., MSST 2013): LRU behind a ghost queue whose size adapts: what misses twice
+/// within it is let in.
 pub struct Larc {
     size: f64,
     ghosts: f64,
@@ -116,7 +116,8 @@ impl Cache for Larc {
     }
 }
 
-/// S3-FIFO (Yang et al., SOSP 2023): a small queue of a tenth, a main queue, a ghost queue as long as main.
+/// S3-FIFO (Yang et al., SOSP 2023): a small queue of a tenth, a main queue, a ghost queue as long
+/// as main.
 pub struct S3Fifo {
     small_size: usize,
     main_size: usize,
@@ -205,9 +206,9 @@ impl Cache for S3Fifo {
     }
 }
 
-/// Belady's optimum with bypass: it knows the future, evicts what is used again last, and lets pass what is
-/// used again later than all it has, or never. The most hits that there can be; its writes are what that
-/// takes, not the least that there could be.
+/// Belady's optimum with bypass: it knows the future, evicts what is used again last, and lets pass
+/// what is used again later than all it has, or never. The most hits that there can be; its writes
+/// are what that takes, not the least that there could be.
 pub struct Belady {
     size: usize,
     /// For each access, when its key is used next.

@@ -1,15 +1,15 @@
 //! One load, one size of cache, every contestant.
 //!
-//! What a read costs: [`SLOW`] from the copy, [`LOCAL`] from the cache, for each chunk that it touches. A
-//! promotion writes one chunk. The baselines decide within the access: what they insert is there for the
-//! next one, at no cost. Ours decides once a second: what a second touched is there from the next second
-//! on, if the budget allows.
+//! What a read costs: [`SLOW`] from the copy, [`LOCAL`] from the cache, for each chunk that it
+//! touches. A promotion writes one chunk. The baselines decide within the access: what they insert
+//! is there for the next one, at no cost. Ours decides once a second: what a second touched is
+//! there from the next second on, if the budget allows.
 
 use std::collections::{HashMap, HashSet};
 use std::time::Duration;
 
-use underlay::promote::gain::CopyLatency;
-use underlay::promote::policy::{Tick, Touch};
+use underlay::promote::gain::Latency;
+use underlay::promote::tick::{Tick, Touch};
 use underlay::promote::{Key, Policy, Settings};
 use underlay::units::{CHUNK, Chunk};
 
@@ -107,10 +107,11 @@ pub fn run(who: Who, accesses: &[Access], size: usize, chunk: u64, settings: Set
     figures
 }
 
-/// The product's policy. It thinks in chunks of its own size: room and budget are given to it as so many of them.
+/// The product's policy. It thinks in chunks of its own size: room and budget are given to it as so
+/// many of them.
 fn ours(accesses: &[Access], size: usize, chunk: u64, settings: Settings) -> Figures {
     let mut policy = Policy::new(settings).expect("settings of the bench");
-    let copies = [CopyLatency { image: 0, nanos: SLOW }];
+    let copies = [Latency { image: 0, nanos: SLOW }];
     let capacity = size as u64 * CHUNK;
     let mut figures = Figures { accesses: accesses.len() as u64, ..Figures::default() };
     let mut cached = HashSet::new();
@@ -127,7 +128,8 @@ fn ours(accesses: &[Access], size: usize, chunk: u64, settings: Settings) -> Fig
         }
         figures.hits += hits.len() as u64;
         figures.settled = figures.hits;
-        // The seconds without a read between, as the ticks that they are; the last is the one with reads.
+        // The seconds without a read between, as the ticks that they are; the last is the one with
+        // reads.
         for idle in (0..=second[0].second - before).rev() {
             let (hits, touches): (&[_], &[_]) =
                 if idle == 0 { (&hits, &touches) } else { (&[], &[]) };

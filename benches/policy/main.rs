@@ -1,9 +1,10 @@
-//! The promotion policy beside LRU, LARC, S3-FIFO and Belady's optimum: hit rate, seconds saved, MiB written.
+//! The promotion policy beside LRU, LARC, S3-FIFO and Belady's optimum: hit rate, seconds saved,
+//! MiB written.
 //!
-//! `cargo xtask bench policy` runs it. The loads are a real trace (../shared/traces, skipped loudly where it is
-//! missing) and a synthetic one. Nothing is timed: the figures are counts, the same on every machine. What a
-//! read costs and when a promoted chunk is there is told in [`contest`]; how repeated reads are counted
-//! ([`trace::Counting`]) changes everything, so both ways are shown.
+//! `cargo xtask bench policy` runs it. The loads are a real trace (../shared/traces, skipped loudly
+//! where it is missing) and a synthetic one. Nothing is timed: the figures are counts, the same on
+//! every machine. What a read costs and when a promoted chunk is there is told in [`contest`]; how
+//! repeated reads are counted ([`trace::Counting`]) changes everything, so both ways are shown.
 
 mod caches;
 mod contest;
@@ -25,6 +26,8 @@ use crate::trace::{Counting, Load};
 const SIZES: [usize; 3] = [5, 10, 20];
 /// Chunk sizes, in bytes: ours, and a quarter.
 const CHUNKS: [u64; 2] = [64 << 10, 256 << 10];
+/// Where the trace is looked for: beside the repository, where it is not committed.
+const TRACE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../shared/traces/cloudphysics.csv.gz");
 /// The seed of the synthetic load.
 const SEED: u64 = 1;
 
@@ -32,7 +35,7 @@ const SEED: u64 = 1;
 #[derive(Parser)]
 struct Args {
     /// The trace of CloudPhysics, as CSV compressed with gzip
-    #[arg(long, default_value = concat!(env!("CARGO_MANIFEST_DIR"), "/../shared/traces/cloudphysics.csv.gz"))]
+    #[arg(long, default_value = TRACE)]
     trace: PathBuf,
     /// Prints one JSON document instead of tables
     #[arg(long)]
@@ -43,19 +46,19 @@ struct Args {
 }
 
 /// One size of chunk and of cache: all contestants, and ours with other settings.
-pub struct Row {
-    pub chunk: u64,
-    pub percent: usize,
-    pub room: usize,
-    pub figures: Vec<(Who, Figures)>,
-    pub variants: Vec<(&'static str, Figures)>,
+struct Row {
+    chunk: u64,
+    percent: usize,
+    room: usize,
+    figures: Vec<(Who, Figures)>,
+    variants: Vec<(&'static str, Figures)>,
 }
 
 /// One load, counted one way.
-pub struct Table {
-    pub load: String,
-    pub counting: Counting,
-    pub rows: Vec<Row>,
+struct Table {
+    load: String,
+    counting: Counting,
+    rows: Vec<Row>,
 }
 
 fn main() -> Result<()> {

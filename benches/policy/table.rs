@@ -33,9 +33,10 @@ impl Row {
 /// Tables for a terminal, also legible as Markdown.
 pub fn text(tables: &[Table]) -> String {
     let mut out = format!(
-        "A read costs {} ms from the copy, {} ms from the cache. Each cell: hit rate in %, seconds saved, MiB written.\n\
-         Ours decides once a second, within {} MiB/s; the others insert at once. Belady knows the future (with bypass:\n\
-         the most hits; not the fewest writes). Goal: at most {POINTS} points below S3-FIFO, at {WRITES} % of its writes or less. A second late: points\n\
+        "A read costs {} ms from the copy, {} ms from the cache. Each cell: hit rate in %, seconds\n\
+         saved, MiB written. Ours decides once a second, within {} MiB/s; the others insert at once.\n\
+         Belady knows the future (with bypass: the most hits, not the fewest writes). Goal: at most\n\
+         {POINTS} points below S3-FIFO, at {WRITES} % of its writes or less. A second late: points\n\
          against S3-FIFO if what it inserts, too, could be read from the next second on only.\n",
         SLOW as f64 / 1e6,
         LOCAL as f64 / 1e6,

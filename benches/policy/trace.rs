@@ -50,7 +50,8 @@ pub struct Read {
 impl Load {
     /// The reads of a trace of CloudPhysics, as CSV: version, time, SCSI operation, size, sector.
     ///
-    /// The time counts seconds, whatever the README beside it says: as microseconds the two hours would be 7 ms.
+    /// The time counts seconds, whatever the README beside it says: as microseconds the two hours
+    /// would be 7 ms.
     pub fn cloudphysics(path: &Path) -> Result<Load> {
         let file =
             std::fs::File::open(path).with_context(|| format!("opening {}", path.display()))?;
@@ -76,8 +77,9 @@ impl Load {
         Ok(Load { name: "cloudphysics".into(), reads })
     }
 
-    /// Two hours: Zipf's law (0.9) over 64 Ki blocks of 64 KiB at random places, 512 of its favourites replaced
-    /// every twenty minutes; and every ten minutes a scan of 1 GiB at 128 MiB/s, each time of another range.
+    /// Two hours: Zipf's law (0.9) over 64 Ki blocks of 64 KiB at random places, 512 of its
+    /// favourites replaced every twenty minutes; and every ten minutes a scan of 1 GiB at 128
+    /// MiB/s, each time of another range.
     pub fn synthetic(seed: u64) -> Load {
         const BLOCKS: u64 = 1 << 16;
         const BLOCK: u64 = 64 * 1024;

@@ -1,19 +1,20 @@
 //! How hot each chunk is: touches that fade, in an order that never has to be refreshed.
 //!
 //! A touch is worth one when it happens and half of that a half-life later. Instead of fading every
-//! entry at every tick, an entry keeps its [`Rank`]: the base-2 logarithm of its touches, each weighted
-//! by 2^(time of the touch / half-life). Heat now is 2^(rank - now). As time passes all entries fade by
-//! the same factor, so the order of ranks is the order of heats for as long as nothing is touched: a
-//! touch costs O(log n), the hottest and the coldest are exact, and nothing ever walks the table.
+//! entry at every tick, an entry keeps its [`Rank`]: the base-2 logarithm of its touches, each
+//! weighted by 2^(time of the touch / half-life). Heat now is 2^(rank - now). As time passes all
+//! entries fade by the same factor, so the order of ranks is the order of heats for as long as
+//! nothing is touched: a touch costs O(log n), the hottest and the coldest are exact, and nothing
+//! ever walks the table.
 //!
-//! Heat saturates at [`MOST`] touches, so that a favourite of many days does not hold its place for hours
-//! after its day; among the saturated the one touched last is the hottest.
+//! Heat saturates at [`MOST`] touches, so that a favourite of many days does not hold its place for
+//! hours after its day; among the saturated the one touched last is the hottest.
 //!
 //! Invariants:
-//! - One chunk, one entry, in one [`State`]; an entry that is not pinned is in the order of its image and
-//!   state (known or cached), a pinned one, or one on its way in or out, in none.
-//! - Entries that are merely known are at most [`Heat::limit`]; the coldest are forgotten first. What is
-//!   cached, on its way or pinned is never forgotten.
+//! - One chunk, one entry, in one [`State`]; an entry that is not pinned is in the order of its
+//!   image and state (known or cached), a pinned one, or one on its way in or out, in none.
+//! - Entries that are merely known are at most [`Heat::limit`]; the coldest are forgotten first.
+//!   What is cached, on its way or pinned is never forgotten.
 //! - No clock: the caller says what time it is, and time doesn't run backwards.
 
 use std::cmp::Reverse;
@@ -33,14 +34,16 @@ pub struct Key {
     pub chunk: Chunk,
 }
 
-/// A logarithm of base 2, in units of 2^-20: of heat at time zero, of a factor, or of time in half-lives.
+/// A logarithm of base 2, in units of 2^-20: of heat at time zero, of a factor, or of time in
+/// half-lives.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Rank(i64);
 
 impl Rank {
     const UNIT: f64 = (1 << 20) as f64;
 
-    /// `nanos` of time, of which a half-life is `half_life` (not zero): what one touch then is worth.
+    /// `nanos` of time, of which a half-life is `half_life` (not zero): what one touch then is
+    /// worth.
     pub fn at(nanos: u64, half_life: u64) -> Rank {
         let units = (u128::from(nanos) << 20) / u128::from(half_life.max(1));
         Rank(i64::try_from(units).unwrap_or(i64::MAX / 4).min(i64::MAX / 4))
@@ -92,8 +95,8 @@ struct Entry {
     pinned: bool,
 }
 
-/// The entries of one image that compete with others, coldest first. Of equals among the known, the first
-/// of the image is the hottest, so that a boot is promoted in its order.
+/// The entries of one image that compete with others, coldest first. Of equals among the known, the
+/// first of the image is the hottest, so that a boot is promoted in its order.
 #[derive(Default)]
 struct Orders {
     known: BTreeSet<(Rank, Reverse<Chunk>)>,

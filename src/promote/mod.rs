@@ -19,7 +19,7 @@
 //! - [`heat`]: how often a chunk was touched of late, and the order of all that is known;
 //!   [`runs`]: what a long sequential pass touches twice counts once; [`gain`]: what reading an image from
 //!   the local disk would save, and whether it is worth a write; [`policy`]: the decisions, within
-//!   capacity and budget; [`settings`]: what it can be told.
+//!   capacity and budget; [`settings`]: what it can be told; [`tick`]: what it is told each time.
 //!
 //! Invariants:
 //! - The policy and what it stands on are pure: no clock, no path, no ring, no randomness. The same
@@ -37,6 +37,7 @@ pub mod policy;
 pub mod runs;
 pub mod settings;
 pub mod signal;
+pub mod tick;
 pub mod view;
 
 #[cfg(test)]
@@ -47,6 +48,7 @@ mod scenarios;
 pub use cache::Cache;
 pub use demand::Demand;
 pub use heat::{Key, State};
-pub use policy::{Decisions, Policy, Tick, Touch};
+pub use policy::Policy;
 pub use settings::Settings;
+pub use tick::{Decisions, Tick, Touch};
 pub use view::View;

@@ -1,31 +1,36 @@
 //! The policy of one reader disk: from heat, latencies and limits to what is promoted and evicted.
 //!
-//! A chunk's score is its heat times what a local read saves. In a tick, in this order: what is beyond
-//! capacity is evicted, lowest score first; pinned chunks come in; then warm lists; then the hottest
-//! chunks of images that pay, each past admission and, when the cache is full, past the victim's score by a factor.
+//! A chunk's score is its heat times what a local read saves. In a tick, in this order: what is
+//! beyond capacity is evicted, lowest score first; pinned chunks come in; then warm lists; then the
+//! hottest chunks of images that pay, each past admission and, when the cache is full, past the
+//! victim's score by a factor.
 //!
 //! ```text
-//!  (unknown) --touch--> known --decided--> coming --promoted--> cached --decided--> leaving --dropped--> known
-//!                         ^                  |                     |                                       ^
-//!                         +---- (forgotten) <+ failed              +---------------- dropped --------------+
+//!            decided          promoted          decided
+//!    known ----------> coming ---------> cached ---------> leaving
+//!    ^ ^ ^               | | failed        |                  |
+//!    | | +--- (pinned) --+ +--> forgotten  | lost             | dropped
+//!  touch +---------------------------------+------------------+
 //! ```
 //!
 //! Invariants:
-//! - What is coming and cached is within capacity whenever promotions are decided. What is leaving takes
-//!   up room from the tick after its eviction on, for as long as its last reader stays.
+//! - What is coming and cached is within capacity whenever promotions are decided. What is leaving
+//!   takes up room from the tick after its eviction on, for as long as its last reader stays.
 //! - Promotions of any stretch of time are within its budget, plus one burst ([`BURST`]).
 //! - A pinned chunk is never evicted, not even when capacity shrinks.
 //! - Nothing is promoted on its heat alone unless its image pays.
-//! - Work is O(touched + decided), each times a logarithm and the number of images; memory is bounded
-//!   by [`Heat::limit`], capacity, [`PINS`] and [`WARM`]. No clock: time is the sum of the ticks.
+//! - Work is O(touched + decided), each times a logarithm and the number of images; memory is
+//!   bounded by [`Heat::limit`], capacity, [`PINS`] and [`WARM`]. No clock: time is the sum of the
+//!   ticks.
 
 use std::collections::{BTreeSet, VecDeque};
 use std::time::Duration;
 
-use super::gain::{CopyLatency, Gains};
+use super::gain::Gains;
 use super::heat::{Heat, Key, Pin, Rank, State};
 use super::runs::Runs;
 use super::settings::Settings;
+use super::tick::{Decisions, Tick, Totals};
 use crate::error::{Error, Kind, Result};
 use crate::units::CHUNK;
 
@@ -41,76 +46,6 @@ pub const BURST: Duration = Duration::from_secs(4);
 const KNOWN: (usize, usize, usize) = (4096, 4, 1 << 19);
 /// How long a pinned chunk that could not be promoted waits for its next try.
 const RETRY: Duration = Duration::from_secs(30);
-
-/// The reads of one chunk in one tick.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Touch {
-    /// Which chunk.
-    pub key: Key,
-    /// How many reads of it.
-    pub reads: u32,
-    /// How long they took in all.
-    pub nanos: u64,
-}
-
-/// What happened in a tick, and what the next may use.
-#[derive(Clone, Copy, Debug)]
-pub struct Tick<'a> {
-    /// How long it was.
-    pub elapsed: Duration,
-    /// Chunks that were read from a copy on another disk and not answered by the page cache.
-    pub touches: &'a [Touch],
-    /// Chunks that the cache served.
-    pub hits: &'a [Touch],
-    /// Latencies of copies, as far as they were measured.
-    pub copies: &'a [CopyLatency],
-    /// Nanoseconds of a typical read from the local disk.
-    pub local: u64,
-    /// Bytes that the cache may hold.
-    pub capacity: u64,
-    /// Bytes free for the cache on its disk, beyond what must stay free.
-    pub free: u64,
-    /// Bytes that may be written into the cache per second.
-    pub budget: u64,
-}
-
-/// What the mover is to do: first the evictions, then the promotions in their order.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Decisions {
-    /// Chunks to give up, coldest first; each is answered by [`Policy::dropped`] when its space is free.
-    pub evict: Vec<Key>,
-    /// Chunks to copy into the cache; each is answered by [`Policy::promoted`] or [`Policy::failed`].
-    pub promote: Vec<Key>,
-}
-
-/// What the cache was good for, since the policy was made.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Totals {
-    /// Reads that the cache served.
-    pub hits: u64,
-    /// Reads that went to a copy on another disk.
-    pub misses: u64,
-    /// Nanoseconds that hits saved over reads from the copy, by the latencies of their tick.
-    pub saved: u64,
-    /// Nanoseconds that misses took longer than local reads would have.
-    pub missed: u64,
-    /// Chunks promoted.
-    pub promoted: u64,
-    /// Promotions that failed.
-    pub failed: u64,
-    /// Chunks evicted by decision.
-    pub evicted: u64,
-    /// Bytes that promotions wrote, failed ones too.
-    pub written: u64,
-}
-
-impl Totals {
-    /// Milliseconds saved for each MiB written, if anything was.
-    pub fn saved_per_mib(&self) -> Option<f64> {
-        let mib = self.written as f64 / f64::from(1 << 20);
-        (self.written > 0).then(|| self.saved as f64 / 1e6 / mib)
-    }
-}
 
 /// The policy of one reader disk.
 pub struct Policy {
@@ -153,7 +88,8 @@ impl Policy {
         })
     }
 
-    /// Takes in what a tick brought and decides. To be called once a tick, also when nothing was read.
+    /// Takes in what a tick brought and decides. To be called once a tick, also when nothing was
+    /// read.
     pub fn tick(&mut self, tick: &Tick) -> Decisions {
         self.advance(tick);
         self.gains.measure(tick.local, tick.copies);
@@ -181,8 +117,8 @@ impl Policy {
         }
     }
 
-    /// The mover's answer: the chunk could not be promoted. It has to earn its next try anew; a pinned
-    /// one is tried again after a while.
+    /// The mover's answer: the chunk could not be promoted. It has to earn its next try anew; a
+    /// pinned one is tried again after a while.
     pub fn failed(&mut self, key: Key) {
         if self.heat.state(key) != Some(State::Coming) {
             return;
@@ -196,7 +132,8 @@ impl Policy {
         }
     }
 
-    /// The chunk is not in the cache any more and takes up no room: its eviction is done, or the cache lost it.
+    /// The chunk is not in the cache any more and takes up no room: its eviction is done, or the
+    /// cache lost it.
     pub fn dropped(&mut self, key: Key) {
         match self.heat.state(key) {
             Some(State::Coming) => self.failed(key),
@@ -210,7 +147,7 @@ impl Policy {
         }
     }
 
-    /// The chunk was found in the cache when the service started.
+    /// The chunk was found in the cache when the service started: to be told before anything is pinned.
     pub fn adopt(&mut self, key: Key) {
         if !matches!(self.heat.state(key), Some(State::Cached | State::Leaving)) {
             self.heat.place(key, State::Cached, self.now());
@@ -254,10 +191,12 @@ impl Policy {
                 self.pins -= 1;
             }
         }
+        self.wanted.retain(|&key| self.heat.is_pinned(key));
+        self.later.retain(|&(_, key)| self.heat.is_pinned(key));
     }
 
-    /// Promotes these chunks in this order as budget allows, without waiting for touches. When the cache is
-    /// full, each counts as touched once and has to be worth more than what it replaces.
+    /// Promotes these chunks in this order as budget allows, without waiting for touches. When the
+    /// cache is full, each counts as touched once and has to be worth more than what it replaces.
     ///
     /// # Errors
     /// [`Kind::NoSpace`] if more than [`WARM`] would wait; then none of them does.
@@ -290,7 +229,8 @@ impl Policy {
         self.totals
     }
 
-    /// The hottest `count` chunks that are not pinned, with the heat and the state of each, hottest first.
+    /// The hottest `count` chunks that are not pinned, with the heat and the state of each, hottest
+    /// first.
     pub fn hottest(&self, count: usize) -> Vec<(Key, f64, State)> {
         let all = self.heat.hottest(count).into_iter();
         all.map(|(rank, key, state)| (key, rank.heat(self.now()), state)).collect()
@@ -445,7 +385,8 @@ impl Policy {
         }
     }
 
-    /// Makes room for one chunk of this score, if there is none, by giving up one that is worth less.
+    /// Makes room for one chunk of this score, if there is none, by giving up one that is worth
+    /// less.
     fn make_room(&mut self, score: Rank, room: usize, round: &mut Decisions) -> bool {
         if self.occupied() < room {
             return true;

@@ -1,19 +1,24 @@
-//! Properties, under loads, limits, latencies and outcomes drawn at random; a failure prints its seed.
+//! Properties, under loads, limits, latencies and outcomes drawn at random; a failure prints its
+//! seed.
 //!
 //! Invariants checked, after every tick:
-//! - what was decided is within [`MOVES`], names no chunk twice, evicts only what is in the cache and not
-//!   pinned, promotes only what isn't there;
+//! - what was decided is within [`MOVES`], names no chunk twice, evicts only what is in the cache
+//!   and not pinned, promotes only what isn't there;
 //! - the bytes promoted in any stretch of ticks are within its budget and one burst;
-//! - what is coming or cached is within capacity, but for pins; nothing is promoted while it is beyond;
-//! - on its heat alone nothing is promoted whose image does not pay, nor what was not touched twice;
-//! - the table's counts are those of a plain model; its size is bounded; the same inputs decide the same.
+//! - what is coming or cached is within capacity, but for pins; nothing is promoted while it is
+//!   beyond;
+//! - on its heat alone nothing is promoted whose image does not pay, nor what was not touched
+//!   twice;
+//! - the table's counts are those of a plain model; its size is bounded; the same inputs decide the
+//!   same.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
-use super::gain::CopyLatency;
+use super::gain::Latency;
 use super::heat::State;
-use super::policy::{BURST, MOVES, Tick, Touch};
+use super::policy::{BURST, MOVES};
+use super::tick::{Tick, Touch};
 use super::{Key, Policy, Settings};
 use crate::units::{CHUNK, Chunk};
 
@@ -81,7 +86,7 @@ fn run(seed: u64) -> Vec<(Vec<Key>, Vec<Key>)> {
         act(&mut random, &mut policy, &mut model);
         let (hits, touches) = reads(&mut random, &mut model);
         let elapsed = Duration::from_millis(random.u64(0..2000));
-        let copies = latencies.iter().zip(0..).map(|(&nanos, image)| CopyLatency { image, nanos });
+        let copies = latencies.iter().zip(0..).map(|(&nanos, image)| Latency { image, nanos });
         let tick_of = Tick {
             elapsed,
             touches: &touches,

@@ -1,12 +1,13 @@
 //! Long sequential runs: what one pass over an image touches twice is still one touch.
 //!
-//! A backup or a slow copy reads each chunk over several ticks, and would earn its promotion by itself.
-//! So the tail of a run that is under way is remembered per image, and a touch of a chunk that the same
-//! run has just touched is skipped once the run is long. Another run over the same chunks, later
-//! or elsewhere at the same time (the second boot of an image), is another run: its touches count.
+//! A backup or a slow copy reads each chunk over several ticks, and would earn its promotion by
+//! itself. So the tail of a run that is under way is remembered per image, and a touch of a chunk
+//! that the same run has just touched is skipped once the run is long. Another run over the same
+//! chunks, later or elsewhere at the same time (the second boot of an image), is another run: its
+//! touches count.
 //!
 //! Invariants:
-//! - At most [`OPEN`] runs are remembered an image, and only while they move; O(touched) a tick.
+//! - At most `OPEN` runs are remembered an image, and only while they move; O(touched) a tick.
 
 use std::collections::BTreeMap;
 
@@ -42,7 +43,8 @@ impl Runs {
         Runs { long, tick: 0, images: BTreeMap::new() }
     }
 
-    /// Takes what a tick touched, in order and without doubles, and drops from it what a long run touched again.
+    /// Takes what a tick touched, in order and without doubles, and drops from it what a long run
+    /// touched again.
     pub fn sift(&mut self, touched: &mut Vec<Key>) {
         self.tick += 1;
         let mut again = Vec::new();
@@ -66,7 +68,8 @@ impl Runs {
         self.images.remove(&image);
     }
 
-    /// Adds a stretch to the run that it continues, or begins one. Returns where a long run had come to.
+    /// Adds a stretch to the run that it continues, or begins one. Returns where a long run had
+    /// come to.
     fn extend(&mut self, image: u32, start: u64, end: u64) -> Option<u64> {
         let (long, tick) = (self.long, self.tick);
         let runs = self.images.entry(image).or_default();

@@ -1,14 +1,16 @@
 //! Scenarios with a name: what the policy is for, each told as a load, tick by tick.
 //!
-//! Invariants checked: scans don't displace the hot set, a slow pass earns nothing, a boot that is read again
-//! does; the hot set may move; promotion stops when the copy's disk recovers; a cache that shrinks gives up the
-//! coldest; pins and warm lists come in their order; a failure is no loop; a lost chunk comes back.
+//! Invariants checked: scans don't displace the hot set, a slow pass earns nothing, a boot that is
+//! read again does; the hot set may move; promotion stops when the copy's disk recovers; a cache
+//! that shrinks gives up the coldest; pins and warm lists come in their order; a failure is no
+//! loop; a lost chunk comes back.
 
 use std::time::Duration;
 
-use super::gain::CopyLatency;
+use super::gain::Latency;
 use super::heat::State;
-use super::policy::{Decisions, Tick, Touch};
+use super::policy::MOVES;
+use super::tick::{Decisions, Tick, Touch};
 use super::{Key, Policy, Settings};
 use crate::units::{CHUNK, Chunk};
 
@@ -53,7 +55,7 @@ impl Disk {
             elapsed: Duration::from_secs(1),
             touches: &touches,
             hits: &hits,
-            copies: &[CopyLatency { image: IMAGE, nanos: self.copy }],
+            copies: &[Latency { image: IMAGE, nanos: self.copy }],
             local: LOCAL,
             capacity: self.capacity * CHUNK,
             free: 1 << 40,
@@ -87,6 +89,29 @@ fn the_second_touch_is_promoted_and_the_first_is_not() {
     assert_eq!((totals.hits, totals.misses, totals.written), (1, 2, CHUNK));
     assert_eq!((totals.saved, totals.missed), (SLOW - LOCAL, 2 * (SLOW - LOCAL)));
     assert!((totals.saved_per_mib().unwrap() - 4.0 * 19.8).abs() < 1e-9);
+}
+
+#[test]
+fn every_read_of_a_hit_saves_and_a_tick_is_bounded() {
+    let mut disk = Disk::new(5000);
+    disk.budget = 1 << 40;
+    disk.read(0..3000);
+    let (first, second) = (disk.read(0..3000).promote.len(), disk.read([]).promote.len());
+    assert_eq!((first, second, disk.cached()), (MOVES, MOVES, 2 * MOVES));
+    let saved = disk.policy.totals().saved;
+    disk.read([5, 5, 5]);
+    disk.policy.tick(&Tick {
+        elapsed: Duration::from_secs(1),
+        touches: &[],
+        hits: &[Touch { key: key(5), reads: 4, nanos: LOCAL }],
+        copies: &[],
+        local: LOCAL,
+        capacity: 0,
+        free: 0,
+        budget: 0,
+    });
+    assert_eq!(disk.policy.totals().saved - saved, 7 * (SLOW - LOCAL));
+    assert_eq!(disk.policy.heat().count(State::Leaving), MOVES, "no more than that are evicted");
 }
 
 #[test]
@@ -218,6 +243,11 @@ fn pins_come_first_then_warm_lists_then_heat() {
     assert_eq!(order, [21, 20, 11, 10, 0, 1].map(key));
     assert!([21, 20, 0, 1].into_iter().all(|chunk| disk.has(chunk)));
     assert_eq!(disk.policy.waiting(), (0, 0));
+    for _ in 0..5 {
+        disk.policy.pin(&[key(50)]).unwrap();
+        assert_eq!(disk.policy.waiting(), (1, 0), "asked for again, it waits once");
+        disk.policy.unpin(&[key(50)]);
+    }
 }
 
 #[test]

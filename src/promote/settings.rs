@@ -65,7 +65,8 @@ mod tests {
 
     #[test]
     fn what_makes_no_sense_is_refused_by_name() {
-        let wrong: [(&str, fn(&mut Settings)); 6] = [
+        type Spoil = fn(&mut Settings);
+        let wrong: [(&str, Spoil); 6] = [
             ("half-life", |s| s.half_life = Duration::ZERO),
             ("admission", |s| s.admission = 0),
             ("edge", |s| s.edge = f64::NAN),

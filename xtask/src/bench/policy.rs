@@ -1,4 +1,5 @@
-//! What the promotion policy saves and what it writes, beside other caches: benches/policy of the root package.
+//! What the promotion policy saves and what it writes, beside other caches: benches/policy of the
+//! root package.
 //!
 //! The policy is in the library, and xtask builds without that: cargo runs the bench. It counts and
 //! times nothing, so the development profile, which is built already, does.
