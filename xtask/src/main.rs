@@ -8,6 +8,7 @@ mod bench;
 mod clients;
 mod daemon;
 mod demo;
+mod ebpf;
 mod guest;
 mod hostile;
 mod image;
@@ -52,6 +53,8 @@ enum Chore {
     Test,
     /// What CI runs: formatting, lints, documentation, then `test` (the script .ci/run)
     Ci,
+    /// Builds the eBPF programs, which the agent then embeds; gets bpf-linker and rust-src if missing
+    BuildEbpf,
     /// The simulator: as many seeds as asked, several crashes each; a failing seed is printed
     Crash {
         /// How many seeds to run
@@ -121,10 +124,11 @@ fn run(chore: Chore) -> Result<()> {
     match chore {
         Chore::Ci => return tool::hand_over(tool(place::root().join(".ci/run"), NO_ARGS)),
         Chore::Crash { seeds, seed } => return crash(seeds, seed),
+        Chore::BuildEbpf => return ebpf::build().map(drop),
         _ => setup::run(&mut report),
     }
     match chore {
-        Chore::Setup | Chore::Ci | Chore::Crash { .. } | Chore::Inside => {}
+        Chore::Setup | Chore::Ci | Chore::Crash { .. } | Chore::BuildEbpf | Chore::Inside => {}
         Chore::Test => test::run(&mut report)?,
         Chore::Rigs => test::rigs(&mut report)?,
         Chore::Bench(options) => {
