@@ -18,6 +18,7 @@ mod nbd;
 mod packaging;
 mod pattern;
 mod place;
+mod probes;
 mod report;
 mod savings;
 mod setup;
@@ -78,6 +79,8 @@ enum Chore {
     Savings,
     /// Rig: the commands that a newcomer meets first
     Demo,
+    /// Rig: the eBPF probes against fio's own figures, and their attribution of reads
+    Probes,
     /// Rig: tests that need a kernel with ublk, NBD and device-mapper, within a guest that has one
     Vm(vm::Options),
     /// The driver of those tests, within the guest
@@ -140,6 +143,7 @@ fn run(chore: Chore) -> Result<()> {
         Chore::Kill(aim) => kill::run(&Lab::open()?, aim.against, aim.seed, &mut report),
         Chore::Demo => demo::run(&Lab::open()?, &mut report),
         Chore::Vm(options) => vm::run(&Lab::open()?, &options, &mut report),
+        Chore::Probes => probes::run(&Lab::open()?, &mut report),
         Chore::Savings => savings::run(&Lab::open()?, &mut report),
         Chore::Hostile { seed } => {
             let lab = Lab::open()?;

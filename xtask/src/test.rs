@@ -13,7 +13,7 @@ use crate::lab::Lab;
 use crate::report::{Report, say};
 use crate::subject::Against;
 use crate::tool::tool;
-use crate::{clients, demo, guest, hostile, kill, packaging, place, savings, sick, vm};
+use crate::{clients, demo, guest, hostile, kill, packaging, place, probes, savings, sick, vm};
 
 /// How long cargo may build and test, on two slow processors.
 const CARGO: Duration = Duration::from_secs(35 * 60);
@@ -56,6 +56,7 @@ pub fn rigs(report: &mut Report) -> Result<()> {
     clients::run(&lab, Against::Underlay, 1, report);
     kill::run(&lab, Against::Underlay, 1, report);
     savings::run(&lab, report);
+    probes::run(&lab, report);
     hostile::run(&lab, 1, report);
     sick::run(&lab, report);
     vm::run(&lab, &vm::Options::everything(), report);

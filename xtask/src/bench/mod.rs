@@ -5,6 +5,7 @@
 //! round.
 
 mod nbd;
+mod probes;
 pub mod ublk;
 
 use anyhow::Result;
@@ -23,7 +24,7 @@ pub struct Options {
     /// Rounds; the median of them is what counts
     #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..=50))]
     rounds: u32,
-    /// How long each load is measured, in seconds; 4 for nbd, 0.5 for ublk otherwise
+    /// How long each load is measured, in seconds; 4 for nbd, 3 for probes, 0.5 for ublk otherwise
     #[arg(long, value_parser = seconds)]
     seconds: Option<f64>,
     /// Only loads whose name contains this; of ublk also "counts"
@@ -41,6 +42,8 @@ enum Area {
     Nbd,
     /// Kernel block devices, in a guest: against loop, dm-snapshot, kernel NBD; and what a request costs
     Ublk,
+    /// The eBPF probes: time by the kernel's account, throughput with and without, memory
+    Probes,
 }
 
 impl Options {
@@ -48,6 +51,7 @@ impl Options {
         self.seconds.unwrap_or(match self.area {
             Area::Nbd => 4.0,
             Area::Ublk => 0.5,
+            Area::Probes => 3.0,
         })
     }
 }
@@ -62,6 +66,7 @@ pub fn run(lab: &Lab, options: &Options) -> Result<()> {
     say(&match options.area {
         Area::Nbd => nbd::run(lab, options)?,
         Area::Ublk => ublk::run(lab, options)?,
+        Area::Probes => probes::run(lab, options)?,
     });
     Ok(())
 }
