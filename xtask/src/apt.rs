@@ -96,7 +96,16 @@ impl Apt {
         self.apt_get(&options).args(["install", package]).run()
     }
 
-    /// Unpacks the newest `package` of `suite` beneath `into`, with those of its dependencies whose
+    /// The versions of `package` that `suite` has, newest first.
+    pub fn versions(&self, suite: &str, package: &str) -> Result<Vec<String>> {
+        let options = self.sources(suite, Own::Without)?;
+        self.apt_get(&options).args(["update"]).run()?;
+        let table = tool("apt-cache", &options).args(["madison", package]).out()?;
+        let versions = table.lines().filter_map(|line| line.split('|').nth(1));
+        Ok(versions.map(|version| version.trim().to_string()).collect())
+    }
+
+    /// Unpacks the newest `package` (or `package=version`) of `suite` beneath `into`, with those of its dependencies whose
     /// names `follow` accepts; installs nothing.
     pub fn unpack(
         &self,

@@ -8,6 +8,7 @@ mod bench;
 mod clients;
 mod daemon;
 mod demo;
+mod ebpf;
 mod guest;
 mod hostile;
 mod image;
@@ -17,6 +18,7 @@ mod nbd;
 mod packaging;
 mod pattern;
 mod place;
+mod probes;
 mod promotion;
 mod report;
 mod savings;
@@ -55,6 +57,8 @@ enum Chore {
     Test,
     /// What CI runs: formatting, lints, documentation, then `test` (the script .ci/run)
     Ci,
+    /// Builds the eBPF programs, which the agent then embeds; gets bpf-linker and rust-src if missing
+    BuildEbpf,
     /// The simulator: as many seeds as asked, several crashes each; a failing seed is printed
     Crash {
         /// How many seeds to run
@@ -84,6 +88,8 @@ enum Chore {
     },
     /// Rig: the commands that a newcomer meets first
     Demo,
+    /// Rig: the eBPF probes against fio's own figures, and their attribution of reads
+    Probes,
     /// Rig: tests that need a kernel with ublk, NBD and device-mapper, within a guest that has one
     Vm(vm::Options),
     /// The driver of those tests, within the guest
@@ -141,12 +147,17 @@ fn run(chore: Chore) -> Result<()> {
     match chore {
         Chore::Ci => return tool::hand_over(tool(place::root().join(".ci/run"), NO_ARGS)),
         Chore::Crash { seeds, seed } => return crash(seeds, seed),
+        Chore::BuildEbpf => return ebpf::build().map(drop),
         Chore::Bench(options) if options.counts_only() => return bench::run(&options),
         _ => setup::run(&mut report),
     }
     match chore {
-        Chore::Setup | Chore::Ci | Chore::Crash { .. } | Chore::Inside | Chore::SlowDisk { .. } => {
-        }
+        Chore::Setup
+        | Chore::Ci
+        | Chore::Crash { .. }
+        | Chore::BuildEbpf
+        | Chore::Inside
+        | Chore::SlowDisk { .. } => {}
         Chore::Test => test::run(&mut report)?,
         Chore::Rigs => test::rigs(&mut report)?,
         Chore::Bench(options) => {
@@ -161,6 +172,7 @@ fn run(chore: Chore) -> Result<()> {
         }
         Chore::Demo => demo::run(&Lab::open()?, &mut report),
         Chore::Vm(options) => vm::run(&Lab::open()?, &options, &mut report),
+        Chore::Probes => probes::run(&Lab::open()?, &mut report),
         Chore::Savings => savings::run(&Lab::open()?, &mut report),
         Chore::Hostile { seed } => {
             let lab = Lab::open()?;

@@ -23,6 +23,8 @@ const PROGRAMS: &[(&str, &str, &str)] = &[
     ("fio", "fio", "load, verification, the bench"),
     ("mkfs.ext4", "e2fsprogs", "disks, the guest's image"),
     ("e2fsck", "e2fsprogs", "checking what a guest wrote"),
+    ("addpart", "util-linux", "the probes"),
+    ("filefrag", "e2fsprogs", "the probes"),
     ("debugfs", "e2fsprogs", "checking what a guest wrote"),
     ("mkfs.xfs", "xfsprogs", "disks"),
     ("xfs_repair", "xfsprogs", "the guest of cargo xtask vm"),

@@ -13,7 +13,10 @@ use crate::lab::Lab;
 use crate::report::{Report, say};
 use crate::subject::Against;
 use crate::tool::tool;
-use crate::{clients, demo, guest, hostile, kill, packaging, place, savings, sick, vm};
+use crate::{
+    clients, demo, ebpf, guest, hostile, kill, packaging, place, probes, promotion, savings, sick,
+    vm,
+};
 
 /// How long cargo may build and test, on two slow processors.
 const CARGO: Duration = Duration::from_secs(35 * 60);
@@ -22,6 +25,10 @@ const CARGO: Duration = Duration::from_secs(35 * 60);
 pub fn run(report: &mut Report) -> Result<()> {
     let cargo = std::env::var("CARGO").unwrap_or_else(|_| "cargo".into());
     let (mut passed, mut failed, mut ignored) = (0, 0, 0);
+    // The agent embeds them when it is built.
+    if let Err(error) = ebpf::build() {
+        report.skip("build-ebpf", &format!("{error:#}"));
+    }
     // cargo test builds the program too, in the same profile: the rigs use that one.
     let status = tool(&cargo, ["test", "--workspace", "--no-fail-fast"])
         .within(&place::root())
@@ -56,6 +63,8 @@ pub fn rigs(report: &mut Report) -> Result<()> {
     clients::run(&lab, Against::Underlay, 1, report);
     kill::run(&lab, Against::Underlay, 1, report);
     savings::run(&lab, report);
+    probes::run(&lab, report);
+    promotion::run(&lab, None, report);
     hostile::run(&lab, 1, report);
     sick::run(&lab, report);
     vm::run(&lab, &vm::Options::everything(), report);

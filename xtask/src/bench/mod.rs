@@ -6,6 +6,7 @@
 
 mod nbd;
 mod policy;
+mod probes;
 pub mod ublk;
 
 use std::path::PathBuf;
@@ -26,7 +27,7 @@ pub struct Options {
     /// Rounds; the median of them is what counts
     #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..=50))]
     rounds: u32,
-    /// How long each load is measured, in seconds; 4 for nbd, 0.5 for ublk otherwise
+    /// How long each load is measured, in seconds; 4 for nbd, 3 for probes, 0.5 for ublk otherwise
     #[arg(long, value_parser = seconds)]
     seconds: Option<f64>,
     /// Only loads whose name contains this; of ublk also "counts"
@@ -49,6 +50,8 @@ enum Area {
     Ublk,
     /// What the promotion policy saves and writes: against LRU, LARC, S3-FIFO, Belady (counts, not times)
     Policy,
+    /// The eBPF probes: time by the kernel's account, throughput with and without, memory
+    Probes,
 }
 
 impl Options {
@@ -56,6 +59,7 @@ impl Options {
         self.seconds.unwrap_or(match self.area {
             Area::Nbd => 4.0,
             Area::Ublk | Area::Policy => 0.5,
+            Area::Probes => 3.0,
         })
     }
 
@@ -76,6 +80,7 @@ pub fn run(options: &Options) -> Result<()> {
         Area::Nbd => nbd::run(&Lab::open()?, options)?,
         Area::Ublk => ublk::run(&Lab::open()?, options)?,
         Area::Policy => return policy::run(options),
+        Area::Probes => probes::run(&Lab::open()?, options)?,
     });
     Ok(())
 }

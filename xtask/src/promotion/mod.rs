@@ -11,7 +11,7 @@ mod faults;
 mod load;
 
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::thread;
 use std::time::Duration;
 
@@ -26,7 +26,7 @@ use crate::place::Profile;
 use crate::report::Report;
 use crate::slow::SlowDisk;
 use crate::subject::text;
-use crate::{pattern, setup};
+use crate::{pattern, probes, setup};
 
 /// Size of the image, in bytes.
 const SIZE: u64 = 192 << 20;
@@ -61,13 +61,19 @@ pub fn run(lab: &Lab, chart: Option<&Path>, report: &mut Report) {
     report.check("promotion: a slow disk, by the service's own timing", || {
         slow_disk(lab, Signal::Timing, chart)
     });
+    match probes::usable() {
+        Err(error) => report.skip("promotion: by the probes", &format!("{error:#}")),
+        Ok(_) => {
+            report.check("promotion: a slow disk, by the probes", || {
+                slow_disk(lab, Signal::Probes, chart)
+            });
+        }
+    }
     faults::run(lab, report);
 }
 
 /// Three disks, the image on A, a replica on B and one on C.
 pub struct Node {
-    /// The rig's directory.
-    pub dir: PathBuf,
     /// The daemon.
     pub daemon: Daemon,
     /// The image's content.
@@ -101,7 +107,19 @@ impl Node {
             client.write(0, &content[..OWN as usize], 0)?;
             client.flush()?;
         }
-        Ok(Node { dir, daemon, content, disks })
+        Ok(Node { daemon, content, disks })
+    }
+
+    /// Waits until the agent's probes tell how fast disks are.
+    fn until_probed(&self) -> Result<()> {
+        for _ in 0..100 {
+            if self.daemon.json(&["top", "--once"])?["signal"]["source"] == "probes" {
+                return Ok(());
+            }
+            thread::sleep(Duration::from_millis(100));
+        }
+        let said = self.daemon.json(&["top", "--once"])?["signal"].to_string();
+        anyhow::bail!("the probes tell nothing: {said}")
     }
 
     /// A figure of all caches, added up.
@@ -130,6 +148,9 @@ fn slow_disk(lab: &Lab, signal: Signal, chart: Option<&Path>) -> Result<String> 
         Signal::Timing => "probes = false",
     };
     let mut node = Node::new(lab, "promotion", settings)?;
+    if signal == Signal::Probes {
+        node.until_probed()?;
+    }
     let mut load = Load::new(node.content.clone());
     for disk in ["b", "c"] {
         let export = format!("replica/on-{disk}");
