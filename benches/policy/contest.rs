@@ -8,7 +8,7 @@
 use std::collections::{HashMap, HashSet};
 use std::time::Duration;
 
-use underlay::promote::gain::Latency;
+use underlay::promote::gain::CopyLatency;
 use underlay::promote::tick::{Tick, Touch};
 use underlay::promote::{Key, Policy, Settings};
 use underlay::units::{CHUNK, Chunk};
@@ -111,7 +111,7 @@ pub fn run(who: Who, accesses: &[Access], size: usize, chunk: u64, settings: Set
 /// many of them.
 fn ours(accesses: &[Access], size: usize, chunk: u64, settings: Settings) -> Figures {
     let mut policy = Policy::new(settings).expect("settings of the bench");
-    let copies = [Latency { image: 0, nanos: SLOW }];
+    let copies = [CopyLatency { image: 0, nanos: SLOW }];
     let capacity = size as u64 * CHUNK;
     let mut figures = Figures { accesses: accesses.len() as u64, ..Figures::default() };
     let mut cached = HashSet::new();

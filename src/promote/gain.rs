@@ -23,7 +23,7 @@ pub struct Margin {
 
 /// The latency of an image's copy, for one read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Latency {
+pub struct CopyLatency {
     /// The caller's handle of the image.
     pub image: u32,
     /// Nanoseconds of a typical read from the copy that replicas of this disk now read from.
@@ -53,7 +53,7 @@ impl Gains {
     }
 
     /// Takes new measurements: of the local disk, and of the copies that were measured.
-    pub fn measure(&mut self, local: u64, copies: &[Latency]) {
+    pub fn measure(&mut self, local: u64, copies: &[CopyLatency]) {
         for latency in copies {
             let blank = Gain { copy: 0, saves: 0, factor: Rank::factor(0.0), pays: false };
             self.images.entry(latency.image).or_insert(blank).copy = latency.nanos;
@@ -108,7 +108,7 @@ mod tests {
     fn it_starts_late_and_stops_early() {
         let mut gains = gains();
         let mut pays = |copy| {
-            gains.measure(10_000, &[Latency { image: 1, nanos: copy }]);
+            gains.measure(10_000, &[CopyLatency { image: 1, nanos: copy }]);
             gains.pays(1)
         };
         assert!(!pays(19_999));
@@ -122,20 +122,20 @@ mod tests {
     fn what_nobody_measured_does_not_pay_and_what_was_is_kept() {
         let mut gains = gains();
         assert!(!gains.pays(7));
-        gains.measure(10_000, &[Latency { image: 7, nanos: 1_000_000 }]);
+        gains.measure(10_000, &[CopyLatency { image: 7, nanos: 1_000_000 }]);
         gains.measure(10_000, &[]);
         assert!(gains.pays(7));
         assert_eq!(gains.saves(7), 990_000);
         gains.measure(900_000, &[]);
         assert!(!gains.pays(7), "the local disk is as slow now");
-        gains.measure(u64::MAX, &[Latency { image: 7, nanos: u64::MAX }]);
+        gains.measure(u64::MAX, &[CopyLatency { image: 7, nanos: u64::MAX }]);
         assert!(!gains.pays(7));
     }
 
     #[test]
     fn a_difference_too_small_to_matter_does_not_pay() {
         let mut gains = gains();
-        gains.measure(100, &[Latency { image: 1, nanos: 900 }]);
+        gains.measure(100, &[CopyLatency { image: 1, nanos: 900 }]);
         assert!(!gains.pays(1));
     }
 }

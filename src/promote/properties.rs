@@ -15,7 +15,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
-use super::gain::Latency;
+use super::gain::CopyLatency;
 use super::heat::State;
 use super::policy::{BURST, MOVES};
 use super::tick::{Tick, Touch};
@@ -86,7 +86,7 @@ fn run(seed: u64) -> Vec<(Vec<Key>, Vec<Key>)> {
         act(&mut random, &mut policy, &mut model);
         let (hits, touches) = reads(&mut random, &mut model);
         let elapsed = Duration::from_millis(random.u64(0..2000));
-        let copies = latencies.iter().zip(0..).map(|(&nanos, image)| Latency { image, nanos });
+        let copies = latencies.iter().zip(0..).map(|(&nanos, image)| CopyLatency { image, nanos });
         let tick_of = Tick {
             elapsed,
             touches: &touches,

@@ -7,7 +7,7 @@
 
 use std::time::Duration;
 
-use super::gain::Latency;
+use super::gain::CopyLatency;
 use super::heat::State;
 use super::policy::MOVES;
 use super::tick::{Decisions, Tick, Touch};
@@ -55,7 +55,7 @@ impl Disk {
             elapsed: Duration::from_secs(1),
             touches: &touches,
             hits: &hits,
-            copies: &[Latency { image: IMAGE, nanos: self.copy }],
+            copies: &[CopyLatency { image: IMAGE, nanos: self.copy }],
             local: LOCAL,
             capacity: self.capacity * CHUNK,
             free: 1 << 40,

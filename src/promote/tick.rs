@@ -4,7 +4,7 @@
 
 use std::time::Duration;
 
-use super::gain::Latency;
+use super::gain::CopyLatency;
 use super::heat::Key;
 
 /// The reads of one chunk in one tick.
@@ -28,7 +28,7 @@ pub struct Tick<'a> {
     /// Chunks that the cache served.
     pub hits: &'a [Touch],
     /// Latencies of copies, as far as they were measured.
-    pub copies: &'a [Latency],
+    pub copies: &'a [CopyLatency],
     /// Nanoseconds of a typical read from the local disk.
     pub local: u64,
     /// Bytes that the cache may hold.
