@@ -10,11 +10,13 @@
 //!    |
 //! blockdev, image       front ends (NBD) over one Device contract; import and verification
 //!    |
+//! promote               what moves to whom, and the caches that it moves to
+//!    |
 //! catalog, cow          what is on the disks; overlays
 //!    |
 //! io                    the seam to the kernel: the Io trait, the ring, the simulated disk
 //!    |
-//! error, units          words that all of them share
+//! error, histogram, units   words that all of them share
 //! ```
 //!
 //! Invariants between the modules:

@@ -115,6 +115,7 @@ fn what_the_documents_name_is_there() {
             "src",
             "src/control",
             "src/cow",
+            "src/promote",
             "src/attach",
             "src/io",
             "src/blockdev",

@@ -7,7 +7,7 @@ use crate::{
     catalog::{Digest, DiskState, DiskStatus},
     control::{api::CacheFigures, views::Seat},
     error::Result,
-    promote::{Decisions, Key, Policy, Settings, Tick, Touch, gain::Latency},
+    promote::{Decisions, Key, Policy, Settings, Tick, Touch, gain::CopyLatency},
     units::CHUNK,
 };
 
@@ -146,8 +146,8 @@ impl Plan {
         let all = |of: fn(&Reads) -> &Vec<Touch>| reads.iter().flat_map(of).copied().collect();
         let (touches, hits): (Vec<_>, Vec<_>) = (all(|it| &it.touches), all(|it| &it.hits));
         let copies =
-            reads.iter().filter_map(|it| Some(Latency { image: it.image, nanos: it.copy? }));
-        let copies: Vec<Latency> = copies.collect();
+            reads.iter().filter_map(|it| Some(CopyLatency { image: it.image, nanos: it.copy? }));
+        let copies: Vec<CopyLatency> = copies.collect();
         self.policy.tick(&Tick {
             elapsed,
             touches: &touches,
