@@ -185,7 +185,7 @@ impl Promotion {
         for (disk, plan) in plans {
             plan.hear(images);
             let here: Vec<&Arc<Seat>> = seats.iter().filter(|seat| seat.disk == *disk).collect();
-            let local = signals.latency(disk, tier(disks, disk)).mean;
+            let local = signals.latency(disk, tier(disks, disk)).median;
             let reads = reads.get(disk).map(Vec::as_slice).unwrap_or_default();
             let decided = plan.decide(elapsed, reads, local, self.bench.rate);
             let mut orders =
@@ -315,7 +315,8 @@ fn take_in(state: &mut State, seats: &[Arc<Seat>]) -> HashMap<Name, Vec<Reads>> 
             image,
             touches: slow.collect(),
             hits: hits.collect(),
-            copy: (latency.origin != Origin::Tier).then_some(latency.mean),
+            // The median: the mover's own reads are longer, and must not make a disk look slow.
+            copy: (latency.origin != Origin::Tier).then_some(latency.median),
         });
     }
     reads
