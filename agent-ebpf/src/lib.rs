@@ -19,10 +19,14 @@ pub const WATCHED: u32 = 2 << 10;
 pub const OWNERS: u32 = 64;
 /// Places of a [`Set`]: that many entries whose keys fall together.
 pub const WAYS: usize = 4;
-/// Sets of bios between their submission and the issue of their request: 16 Ki entries.
+/// Sets of bios between their submission and the issue of their request: 16 Ki entries, beside the
+/// [`NEAR`] ones.
 pub const PENDING: u32 = 4 << 10;
-/// Sets of requests between issue and completion: 8 Ki entries.
+/// Sets of requests between issue and completion: 8 Ki entries, beside the [`NEAR`] ones.
 pub const FLIGHTS: u32 = 2 << 10;
+/// Sets at the beginning of either table that are filled first: 256 entries, as many as are under way
+/// on most machines, in so little memory that it stays in the processor's nearest caches.
+pub const NEAR: u32 = 64;
 /// Size of the ring of completed reads, in bytes: 32 Ki records of 24 bytes and a header of 8.
 pub const RING: u32 = 1 << 20;
 
@@ -123,6 +127,12 @@ pub const fn direction_of(key: u64) -> u32 {
 pub const fn set_of(key: u64, sets: u32) -> u32 {
     // Neighbours are spread by the golden ratio; the upper bits of the product are the mixed ones.
     (key.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 40) as u32 & (sets - 1)
+}
+
+/// The two sets in which an entry of this [`key`] may be, in a table of `sets` beside the near ones.
+#[inline(always)]
+pub const fn sets_of(key: u64, sets: u32) -> [u32; 2] {
+    [set_of(key, NEAR), NEAR + set_of(key.rotate_left(17), sets)]
 }
 
 /// Entries whose keys fall together. A table is an array of sets; an entry of key 0 is free.
@@ -250,6 +260,8 @@ pub struct Losses {
     pub unmatched: u64,
     /// Issues without a submission that was seen: counted, but as foreign and without queue time.
     pub orphans: u64,
+    /// No loss: how many requests are marked [`REQUEUED`] now, or were when they were swept.
+    pub requeued: u64,
 }
 
 /// Where the fields of one tracepoint lie in its record, from tracefs. A field that the tracepoint
@@ -303,12 +315,16 @@ mod tests {
     #[test]
     fn neighbours_do_not_crowd_one_set() {
         for step in [1, 8, 64, 512, 2048, 1 << 20] {
-            let mut sets = [0u8; FLIGHTS as usize];
-            for at in 0..1024 {
-                sets[set_of(key(3, READ, 4096 + at * step), FLIGHTS) as usize] += 1;
+            let mut sets = [0u8; (NEAR + FLIGHTS) as usize];
+            let mut lost = 0;
+            for at in 0..2048 {
+                let sets_of = sets_of(key(3, READ, 4096 + at * step), FLIGHTS);
+                match sets_of.into_iter().find(|set| sets[*set as usize] < WAYS as u8) {
+                    Some(set) => sets[set as usize] += 1,
+                    None => lost += 1,
+                }
             }
-            let crowded = sets.iter().filter(|count| **count as usize > WAYS).count();
-            assert!(crowded <= 4, "{crowded} sets are crowded by steps of {step}");
+            assert!(lost <= 8, "{lost} of 2048 by steps of {step} found no place");
         }
     }
 

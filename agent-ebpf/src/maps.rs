@@ -28,11 +28,13 @@ pub static OWNERS: Array<Set<u32>> = Array::with_max_entries(layout::OWNERS, 0);
 
 /// Bios by [`layout::key`] of their first sector.
 #[map]
-pub static PENDING: Array<Set<Pending>> = Array::with_max_entries(layout::PENDING, 0);
+pub static PENDING: Array<Set<Pending>> =
+    Array::with_max_entries(layout::NEAR + layout::PENDING, 0);
 
 /// Requests by [`layout::key`] of the sector past their end. User space maps it into its memory.
 #[map]
-pub static FLIGHTS: Array<Set<Flight>> = Array::with_max_entries(layout::FLIGHTS, MMAPABLE);
+pub static FLIGHTS: Array<Set<Flight>> =
+    Array::with_max_entries(layout::NEAR + layout::FLIGHTS, MMAPABLE);
 
 /// Counters by slot and shard. User space sets the number of entries.
 #[map]
@@ -108,4 +110,12 @@ pub fn lost(which: impl FnOnce(*mut Losses) -> *mut u64) {
     if let Some(losses) = LOSSES.get_ptr_mut(0) {
         add(which(losses), 1);
     }
+}
+
+/// The number of requests that were given back and not issued again yet.
+#[inline(always)]
+pub fn requeued() -> Option<*mut u64> {
+    let losses = LOSSES.get_ptr_mut(0)?;
+    // SAFETY: only the address of a field of the entry is taken.
+    Some(unsafe { &raw mut (*losses).requeued })
 }

@@ -6,7 +6,7 @@ use aya_ebpf::programs::TracePointContext;
 use underlay_agent_ebpf::{REQUESTS, REQUEUED, UNKNOWN, key};
 
 use crate::finish::begin;
-use crate::maps::{RQ_ISSUE, lost};
+use crate::maps::{RQ_ISSUE, add, lost, requeued};
 use crate::record::Record;
 use crate::table::{flight, take_pending};
 
@@ -61,7 +61,14 @@ fn issue(context: &TracePointContext) -> Option<()> {
 /// A request that the driver had given back: its time begins anew, all else of it is known.
 #[inline(always)]
 fn again(key: u64) -> Option<()> {
+    // Hardly ever is there one: the search for it is not every request's.
+    let requeued = requeued()?;
+    // SAFETY: the pointer is the live entry's of an array; one aligned word.
+    if unsafe { requeued.read_volatile() } == 0 {
+        return None;
+    }
     let entry = flight(key, REQUEUED)?;
+    add(requeued, u64::MAX);
     // SAFETY: the pointer is an entry's; a request is issued by one processor at a time.
     unsafe {
         (*entry).issued = bpf_ktime_get_ns();

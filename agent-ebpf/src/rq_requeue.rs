@@ -4,7 +4,7 @@ use aya_ebpf::macros::tracepoint;
 use aya_ebpf::programs::TracePointContext;
 use underlay_agent_ebpf::{REQUEUED, key};
 
-use crate::maps::RQ_REQUEUE;
+use crate::maps::{RQ_REQUEUE, add, requeued};
 use crate::record::Record;
 use crate::table::flight;
 
@@ -24,5 +24,6 @@ fn requeue(context: &TracePointContext) -> Option<()> {
     let entry = flight(key(slot, direction, end), 0)?;
     // SAFETY: the pointer is a live entry's, and the request's one owner is in this tracepoint.
     unsafe { (*entry).flags |= REQUEUED };
+    add(requeued()?, 1);
     Some(())
 }

@@ -7,9 +7,12 @@
 //! - Two I/Os of one place at one time are two entries. Which of them ends first is not told apart: the
 //!   sum of their times is right, and so is their number.
 
-use underlay_agent_ebpf::{self as layout, Flight, Pending, Watched, set_of};
+use underlay_agent_ebpf::{self as layout, Flight, Pending, Watched, set_of, sets_of};
 
 use crate::maps::{FLIGHTS, OWNERS, PENDING, WATCHED, exchange};
+
+/// After so many nanoseconds a bio has either got its request or lost its way.
+const FADED: u64 = 10_000_000_000;
 
 /// The watched device of this number.
 #[inline(always)]
@@ -42,13 +45,15 @@ pub fn own(tgid: u32) -> u32 {
 /// The place of a pending bio with this key.
 #[inline(always)]
 pub fn pending(key: u64) -> Option<*mut Pending> {
-    let set = PENDING.get_ptr_mut(set_of(key, layout::PENDING))?.cast::<Pending>();
-    for at in 0..layout::WAYS {
-        // SAFETY: the set is live map memory of that many entries.
-        let way = unsafe { set.add(at) };
-        // SAFETY: as above; a torn key is impossible, it is one aligned word.
-        if unsafe { (&raw const (*way).key).read_volatile() } == key {
-            return Some(way);
+    for set in sets_of(key, layout::PENDING) {
+        let set = PENDING.get_ptr_mut(set)?.cast::<Pending>();
+        for at in 0..layout::WAYS {
+            // SAFETY: the set is live map memory of that many entries.
+            let way = unsafe { set.add(at) };
+            // SAFETY: as above; a torn key is impossible, it is one aligned word.
+            if unsafe { (&raw const (*way).key).read_volatile() } == key {
+                return Some(way);
+            }
         }
     }
     None
@@ -64,23 +69,34 @@ pub fn take_pending(key: u64) -> Option<Pending> {
     exchange(unsafe { &raw mut (*way).key }, key, 0).then_some(entry)
 }
 
-/// Enters a bio: at a free place of its set, or in the place of the oldest.
+/// Enters a bio: at a free place, or at that of one which has waited too long to be still on its way,
+/// or in place of the oldest of the second set.
 #[inline(always)]
 pub fn put_pending(entry: Pending) -> Option<()> {
-    let set = PENDING.get_ptr_mut(set_of(entry.key, layout::PENDING))?.cast::<Pending>();
-    let (mut place, mut oldest) = (set, u64::MAX);
-    for at in 0..layout::WAYS {
-        // SAFETY: the set is live map memory of that many entries.
-        let way = unsafe { set.add(at) };
-        // SAFETY: as above. Two that choose one place at the same moment lose one of both: it will
-        // count as an orphan.
-        let (key, queued) = unsafe { ((*way).key, (*way).queued) };
-        let age = if key == 0 { 0 } else { queued };
-        if age < oldest {
-            (place, oldest) = (way, age);
+    let faded = entry.queued.saturating_sub(FADED);
+    let (mut place, mut oldest) = (core::ptr::null_mut::<Pending>(), u64::MAX);
+    for set in sets_of(entry.key, layout::PENDING) {
+        let set = PENDING.get_ptr_mut(set)?.cast::<Pending>();
+        (place, oldest) = (set, u64::MAX);
+        for at in 0..layout::WAYS {
+            // SAFETY: the set is live map memory of that many entries.
+            let way = unsafe { set.add(at) };
+            // SAFETY: as above. Two that choose one place at the same moment lose one of both: it will
+            // count as an orphan.
+            let (key, queued) = unsafe { ((*way).key, (*way).queued) };
+            let age = if key == 0 { 0 } else { queued };
+            if age < oldest {
+                (place, oldest) = (way, age);
+            }
+        }
+        if oldest <= faded {
+            break;
         }
     }
-    // SAFETY: `place` is one of the set's entries.
+    if place.is_null() || oldest == u64::MAX {
+        return None;
+    }
+    // SAFETY: `place` is an entry of one of the sets.
     unsafe {
         (*place).queued = entry.queued;
         (*place).sectors = entry.sectors;
@@ -93,14 +109,16 @@ pub fn put_pending(entry: Pending) -> Option<()> {
 /// The place of a flight with this key whose flags have `flags` set.
 #[inline(always)]
 pub fn flight(key: u64, flags: u32) -> Option<*mut Flight> {
-    let set = FLIGHTS.get_ptr_mut(set_of(key, layout::FLIGHTS))?.cast::<Flight>();
-    for at in 0..layout::WAYS {
-        // SAFETY: the set is live map memory of that many entries.
-        let way = unsafe { set.add(at) };
-        // SAFETY: as above; aligned words.
-        let (found, has) = unsafe { ((&raw const (*way).key).read_volatile(), (*way).flags) };
-        if found == key && has & flags == flags {
-            return Some(way);
+    for set in sets_of(key, layout::FLIGHTS) {
+        let set = FLIGHTS.get_ptr_mut(set)?.cast::<Flight>();
+        for at in 0..layout::WAYS {
+            // SAFETY: the set is live map memory of that many entries.
+            let way = unsafe { set.add(at) };
+            // SAFETY: as above; aligned words.
+            let (found, has) = unsafe { ((&raw const (*way).key).read_volatile(), (*way).flags) };
+            if found == key && has & flags == flags {
+                return Some(way);
+            }
         }
     }
     None
@@ -116,27 +134,29 @@ pub fn take_flight(key: u64) -> Option<Flight> {
     exchange(unsafe { &raw mut (*way).key }, key, 0).then_some(entry)
 }
 
-/// Enters a flight; nothing if its set is full.
+/// Enters a flight; nothing if both its sets are full.
 #[inline(always)]
 pub fn put_flight(entry: &Flight) -> Option<()> {
-    let set = FLIGHTS.get_ptr_mut(set_of(entry.key, layout::FLIGHTS))?.cast::<Flight>();
-    for at in 0..layout::WAYS {
-        // SAFETY: the set is live map memory of that many entries.
-        let way = unsafe { set.add(at) };
-        // SAFETY: as above. Who exchanges the key owns the rest; the request it is for is not issued
-        // yet, so that nobody looks for it.
-        unsafe {
-            let key = &raw mut (*way).key;
-            if key.read_volatile() != 0 || !exchange(key, 0, entry.key) {
-                continue;
+    for set in sets_of(entry.key, layout::FLIGHTS) {
+        let set = FLIGHTS.get_ptr_mut(set)?.cast::<Flight>();
+        for at in 0..layout::WAYS {
+            // SAFETY: the set is live map memory of that many entries.
+            let way = unsafe { set.add(at) };
+            // SAFETY: as above. Who exchanges the key owns the rest; the request it is for is not
+            // issued yet, so that nobody looks for it.
+            unsafe {
+                let key = &raw mut (*way).key;
+                if key.read_volatile() != 0 || !exchange(key, 0, entry.key) {
+                    continue;
+                }
+                (*way).issued = entry.issued;
+                (*way).waited = entry.waited;
+                (*way).sector = entry.sector;
+                (*way).sectors = entry.sectors;
+                (*way).flags = entry.flags;
             }
-            (*way).issued = entry.issued;
-            (*way).waited = entry.waited;
-            (*way).sector = entry.sector;
-            (*way).sectors = entry.sectors;
-            (*way).flags = entry.flags;
+            return Some(());
         }
-        return Some(());
     }
     None
 }

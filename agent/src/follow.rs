@@ -327,3 +327,46 @@ fn difference(now: &Class, before: &Class) -> Load {
         queue: buckets(&now.queue, &before.queue),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::extents::file;
+
+    #[test]
+    fn a_read_of_several_chunks_shares_its_time_by_bytes() {
+        let mut extents = Extents::default();
+        extents.add(&file(3, &[(0, crate::CHUNK - 4096, 8192)]), 0).unwrap();
+        let touch = Touch { sector: 0, sectors: 32, ns: 1000, own: 1, ..Touch::default() };
+        let (mut chunks, mut rest, mut unnamed) = (HashMap::new(), Heat::default(), 0);
+        attribute(&touch, &extents, &mut chunks, &mut rest, &mut unnamed);
+        let quarter = Heat { reads: 1, bytes: 4096, ns: 250 };
+        assert_eq!(chunks[&(3, 0)], (quarter, Heat::default()));
+        assert_eq!(chunks[&(3, 1)], (quarter, Heat::default()));
+        assert_eq!((rest, unnamed), (Heat { reads: 1, bytes: 8192, ns: 500 }, 0));
+    }
+
+    #[test]
+    fn a_report_names_no_more_chunks_than_it_may() {
+        let mut extents = Extents::default();
+        let all = (CHUNKS as u64 + 8) * crate::CHUNK;
+        extents.add(&file(3, &[(0, 0, all)]), 0).unwrap();
+        let (mut chunks, mut rest, mut unnamed) = (HashMap::new(), Heat::default(), 0);
+        for at in 0..CHUNKS as u64 + 8 {
+            let sector = at * crate::CHUNK / crate::SECTOR;
+            let touch = Touch { sector, sectors: 8, ns: 1, ..Touch::default() };
+            attribute(&touch, &extents, &mut chunks, &mut rest, &mut unnamed);
+        }
+        assert_eq!((chunks.len(), unnamed, rest.reads), (CHUNKS, 8, 0));
+    }
+
+    #[test]
+    fn counters_that_wrapped_differ_by_what_was_added() {
+        let mut before = Class { count: u64::MAX, device_ns: 5, ..Class::default() };
+        before.device[3] = u32::MAX;
+        let mut now = Class { count: 1, device_ns: 9, ..Class::default() };
+        now.device[3] = 1;
+        let load = difference(&now, &before);
+        assert_eq!((load.count, load.device_ns, load.device.count()), (2, 4, 2));
+    }
+}

@@ -4,11 +4,13 @@
 //! - The ring is emptied by the clock, however long the daemon takes: the socket has a thread of its
 //!   own, and a report that it has no room for is not taken, so that the next covers both times.
 //! - A daemon that is not there, or not yet, or not any more, is waited for, for ever.
-//! - After an answer that failed the watch is asked for anew: a daemon that came back counts its
-//!   generations from elsewhere.
+//! - After an answer that failed the watch is asked for anew, and nothing counted under an earlier one is
+//!   sent any more: a daemon that came back counts its generations from elsewhere.
 
 use std::path::Path;
-use std::sync::mpsc::{Receiver, SyncSender, TrySendError, sync_channel};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -80,12 +82,12 @@ pub enum Go {
 
 /// Serves until a signal ends it.
 pub fn run(mut follower: Follower, socket: &Path, signals: &Signals) -> Result<()> {
-    let (reports, to_send) = sync_channel(1);
+    let (outlet, inlet) = way();
     let (changes, watches) = sync_channel(1);
     let daemon = Daemon::at(socket);
     // Ends with the process, or when this end of its channels goes.
-    thread::spawn(move || talk(&daemon, &to_send, &changes));
-    let mut last = Instant::now();
+    thread::spawn(move || talk(&daemon, &inlet, &changes));
+    let (mut last, mut epoch) = (Instant::now(), 0);
     loop {
         if signals.tick()? == Go::Home {
             return Ok(());
@@ -93,33 +95,66 @@ pub fn run(mut follower: Follower, socket: &Path, signals: &Signals) -> Result<(
         follower.drain();
         if let Ok(watch) = watches.try_recv() {
             follower.watch(&watch)?;
+            epoch += 1;
             // What was counted under the watch before is not this one's.
             follower.sample()?;
             last = Instant::now();
         }
         if last.elapsed() >= SECOND && follower.generation() > 0 {
-            last += SECOND;
-            offer(&mut follower, &reports)?;
+            last = Instant::now();
+            outlet.offer(&mut follower, epoch)?;
         }
     }
 }
 
-/// Takes a report if there is somebody to have it.
-fn offer(follower: &mut Follower, reports: &SyncSender<Option<Report>>) -> Result<()> {
-    // A probe of the room first: what was taken out of the counters can't be put back.
-    match reports.try_send(None) {
-        Ok(()) => {}
-        Err(TrySendError::Full(_) | TrySendError::Disconnected(_)) => return Ok(()),
+/// A report and the number of the watch, of all that came, under which it was taken.
+type Parcel = (u64, Report);
+
+/// Where reports go: to a thread that says when it waits for one, because what was taken out of the
+/// counters can't be put back.
+struct Outlet {
+    reports: SyncSender<Parcel>,
+    wanted: Arc<AtomicBool>,
+}
+
+/// Where they come out.
+struct Inlet {
+    reports: Receiver<Parcel>,
+    wanted: Arc<AtomicBool>,
+}
+
+/// Reports that were wanted and came too late wait here: one a wait, and each wait takes one.
+const LATE: usize = 4;
+
+fn way() -> (Outlet, Inlet) {
+    let (give, take) = sync_channel(LATE);
+    let wanted = Arc::new(AtomicBool::new(false));
+    (Outlet { reports: give, wanted: wanted.clone() }, Inlet { reports: take, wanted })
+}
+
+impl Outlet {
+    /// Takes a report if there is somebody to have it.
+    fn offer(&self, follower: &mut Follower, epoch: u64) -> Result<()> {
+        if self.wanted.swap(false, Ordering::AcqRel) {
+            // Never full; and a thread that ended takes nothing more, which ends nothing here.
+            let _ = self.reports.try_send((epoch, follower.sample()?));
+        }
+        Ok(())
     }
-    let report = follower.sample()?;
-    // The thread takes the probe at once unless it is busy; then this waits for its time-out at most.
-    let _ = reports.send(Some(report));
-    Ok(())
+}
+
+impl Inlet {
+    fn wait(&self, limit: Duration) -> Result<Parcel, RecvTimeoutError> {
+        self.wanted.store(true, Ordering::Release);
+        let got = self.reports.recv_timeout(limit);
+        self.wanted.store(false, Ordering::Release);
+        got
+    }
 }
 
 /// Talks to the daemon until the other end goes.
-fn talk(daemon: &Daemon, reports: &Receiver<Option<Report>>, changes: &SyncSender<Watch>) {
-    let mut known = None;
+fn talk(daemon: &Daemon, reports: &Inlet, changes: &SyncSender<Watch>) {
+    let mut known = Known::default();
     let mut pause = SECOND;
     let mut said = String::new();
     loop {
@@ -133,7 +168,7 @@ fn talk(daemon: &Daemon, reports: &Receiver<Option<Report>>, changes: &SyncSende
                 pause = SECOND;
             }
             Err(error) => {
-                known = None;
+                known.generation = None;
                 let problem = error.to_string();
                 // Once, not every second: the daemon may be away for days.
                 if said != problem {
@@ -147,14 +182,22 @@ fn talk(daemon: &Daemon, reports: &Receiver<Option<Report>>, changes: &SyncSende
     }
 }
 
+/// What the daemon said last.
+#[derive(Default)]
+struct Known {
+    generation: Option<u64>,
+    /// How many watches came so far.
+    epoch: u64,
+}
+
 /// One second's exchange.
 fn exchange(
     daemon: &Daemon,
-    known: &mut Option<u64>,
-    reports: &Receiver<Option<Report>>,
+    known: &mut Known,
+    reports: &Inlet,
     changes: &SyncSender<Watch>,
 ) -> Result<Go> {
-    let target = match known {
+    let target = match known.generation {
         Some(generation) => format!("{WATCH_PATH}?generation={generation}"),
         None => WATCH_PATH.to_string(),
     };
@@ -165,8 +208,9 @@ fn exchange(
             let watch: Watch = serde_json::from_slice(&answer.body).map_err(|error| {
                 daemon.error(format!("what to watch is not understood: {error}"))
             })?;
-            if *known != Some(watch.generation) {
-                *known = Some(watch.generation);
+            if known.generation != Some(watch.generation) {
+                known.generation = Some(watch.generation);
+                known.epoch += 1;
                 if changes.send(watch).is_err() {
                     return Ok(Go::Home);
                 }
@@ -177,9 +221,10 @@ fn exchange(
     let until = Instant::now() + SECOND;
     loop {
         let left = until.saturating_duration_since(Instant::now());
-        match reports.recv_timeout(left) {
-            Ok(None) => {}
-            Ok(Some(report)) => {
+        match reports.wait(left) {
+            // Taken before the last change reached the probes.
+            Ok((epoch, _)) if epoch != known.epoch => {}
+            Ok((_, report)) => {
                 let json = serde_json::to_vec(&report)
                     .map_err(|error| daemon.error(format!("writing a report: {error}")))?;
                 let answer = daemon.post(REPORT_PATH, &json)?;
@@ -189,8 +234,68 @@ fn exchange(
                 }
                 return Ok(Go::On);
             }
-            Err(std::sync::mpsc::RecvTimeoutError::Timeout) => return Ok(Go::On),
-            Err(std::sync::mpsc::RecvTimeoutError::Disconnected) => return Ok(Go::Home),
+            Err(RecvTimeoutError::Timeout) => return Ok(Go::On),
+            Err(RecvTimeoutError::Disconnected) => return Ok(Go::Home),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::{Read, Write};
+    use std::os::unix::net::UnixListener;
+
+    /// Answers one connection; returns the request's first line and body.
+    fn serve(listener: &UnixListener, answer: &str) -> (String, Vec<u8>) {
+        let (mut stream, _) = listener.accept().unwrap();
+        let (mut text, mut piece) = (Vec::new(), [0; 4096]);
+        loop {
+            let count = stream.read(&mut piece).unwrap();
+            text.extend_from_slice(&piece[..count]);
+            let Some(end) = text.windows(4).position(|four| four == b"\r\n\r\n") else { continue };
+            let head = String::from_utf8_lossy(&text[..end]).into_owned();
+            let length = head.lines().find_map(|line| line.strip_prefix("Content-Length: "));
+            let length: usize = length.unwrap().parse().unwrap();
+            if text.len() >= end + 4 + length {
+                stream.write_all(answer.as_bytes()).unwrap();
+                let first = head.lines().next().unwrap().to_string();
+                return (first, text[end + 4..].to_vec());
+            }
+        }
+    }
+
+    #[test]
+    fn a_daemon_is_asked_told_and_asked_anew_after_it_failed() {
+        let dir = tempfile::tempdir().unwrap();
+        let socket = dir.path().join("s");
+        let daemon = Daemon::at(&socket);
+        let (Outlet { reports, .. }, to_send) = way();
+        let (changes, watches) = sync_channel(1);
+        // Nobody there yet: it is waited for.
+        let mut known = Known::default();
+        assert!(exchange(&daemon, &mut known, &to_send, &changes).is_err());
+        let listener = UnixListener::bind(&socket).unwrap();
+        let talk = thread::spawn(move || talk(&daemon, &to_send, &changes));
+
+        let json = r#"{"generation":5,"tgids":[7],"disks":[]}"#;
+        let ok = format!("HTTP/1.1 200 OK\r\ncontent-length: {}\r\n\r\n{json}", json.len());
+        let none = "HTTP/1.1 204 No Content\r\n\r\n";
+        assert_eq!(serve(&listener, &ok).0, "GET /v1/probes/watch HTTP/1.1");
+        let watch = watches.recv().unwrap();
+        assert_eq!((watch.generation, watch.tgids), (5, vec![7]));
+        reports.send((0, Report::default())).unwrap();
+        reports.send((1, Report { generation: 5, ..Report::default() })).unwrap();
+        let (first, body) = serve(&listener, none);
+        assert_eq!(first, "POST /v1/probes/report HTTP/1.1");
+        assert_eq!(serde_json::from_slice::<Report>(&body).unwrap().generation, 5);
+        assert_eq!(serve(&listener, none).0, "GET /v1/probes/watch?generation=5 HTTP/1.1");
+        reports.send((1, Report::default())).unwrap();
+        serve(&listener, "HTTP/1.1 500 Oops\r\ncontent-length: 0\r\n\r\n");
+        // What it knew of this daemon is void.
+        assert_eq!(serve(&listener, &ok).0, "GET /v1/probes/watch HTTP/1.1");
+        assert_eq!(watches.recv().unwrap().generation, 5);
+        drop(reports);
+        talk.join().unwrap();
     }
 }

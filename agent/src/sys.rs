@@ -75,7 +75,7 @@ mod with_probes {
 
     use nix::sys::mman::{MapFlags, ProtFlags, mmap, munmap};
     use underlay_agent_ebpf::{
-        Counters, FLIGHTS, Fields, Flight, Losses, Set, Touch, WAYS, Watched,
+        Counters, FLIGHTS, Fields, Flight, Losses, NEAR, Set, Touch, WAYS, Watched,
     };
 
     /// A layout of the programs as aya takes it: plain bytes.
@@ -102,15 +102,15 @@ mod with_probes {
 
     impl Table {
         /// Entries of the table.
-        pub const ENTRIES: usize = FLIGHTS as usize * WAYS;
+        pub const ENTRIES: usize = (NEAR + FLIGHTS) as usize * WAYS;
         const BYTES: NonZero<usize> =
-            NonZero::new(size_of::<Set<Flight>>() * FLIGHTS as usize).unwrap();
+            NonZero::new(size_of::<Set<Flight>>() * (NEAR + FLIGHTS) as usize).unwrap();
 
         /// Maps it.
         pub fn map(fd: impl AsFd) -> io::Result<Table> {
             let may = ProtFlags::PROT_READ | ProtFlags::PROT_WRITE;
-            // SAFETY: a new mapping at a place of the kernel's choice. The map is an array of FLIGHTS
-            // sets (the kernel refuses a longer mapping), and lives as long as the mapping.
+            // SAFETY: a new mapping at a place of the kernel's choice. The map is an array of so
+            // many sets (the kernel refuses a longer mapping), and lives as long as the mapping.
             let at = unsafe { mmap(None, Table::BYTES, may, MapFlags::MAP_SHARED, fd, 0) }?;
             Ok(Table { at: at.cast() })
         }

@@ -4,12 +4,14 @@
 //! - device times agree with what fio measures itself, mean and p99, within 10 %;
 //! - what the page cache answers is not counted; whose I/O it is, is told apart; nothing is lost;
 //! - reads of fragmented files are attributed to the chunk that was read, also on xfs and on a partition;
-//! - a request that hangs shows while it hangs.
+//! - a request that hangs shows while it hangs;
+//! - the agent keeps two capabilities, and outlives its daemon.
 
 use std::collections::BTreeMap;
 use std::fs::{self, File, OpenOptions};
-use std::io::Write;
-use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::io::{Read, Write};
+use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
+use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -51,6 +53,7 @@ pub fn run(lab: &Lab, report: &mut Report) {
     report.check("probes: counts and times on a plain disk", || plain(lab, &agent));
     report.check("probes: the page cache's answers are not counted", || cached(lab, &agent));
     report.check("probes: own and foreign I/O are told apart", || owners(lab, &agent));
+    report.check("probes: a daemon is served, with two capabilities", || serving(lab, &agent));
     report.check("probes: reads of chunks of fragmented files, ext4", || {
         let dir = lab.dir("probes-ext4")?;
         let disk = LoopDisk::new(&dir, "a", DISK, Fs::Ext4)?;
@@ -304,6 +307,80 @@ fn owners(lab: &Lab, agent: &Path) -> Result<String> {
     Ok(format!("own: {owned}; foreign: {foreign}"))
 }
 
+/// The agent as `serve` starts it, with a daemon that comes late, goes away and comes back.
+fn serving(lab: &Lab, agent: &Path) -> Result<String> {
+    let dir = lab.dir("probes-daemon")?;
+    let disk = LoopDisk::new(&dir, "a", DISK, Fs::Ext4)?;
+    let file = lay(&disk.path, "file")?;
+    let socket = lab.socket("probes");
+    let dev = fs::metadata(&disk.path)?.dev();
+    let dev = format!("{}:{}", nix::sys::stat::major(dev), nix::sys::stat::minor(dev));
+    let mut process =
+        tool(agent, ["--socket", text(&socket)?]).background(&dir.join("agent.log"))?;
+    std::thread::sleep(Duration::from_millis(500));
+    let status = fs::read_to_string(format!("/proc/{}/status", process.id()))?;
+    let held = status.lines().find_map(|line| line.strip_prefix("CapEff:")).unwrap_or_default();
+    let held = u64::from_str_radix(held.trim(), 16)?;
+    ensure!(held == 1 << 38 | 1 << 39, "capabilities in force: {held:#x}");
+    let mut counted = Vec::new();
+    for generation in [7, 3] {
+        let watch = format!(
+            r#"{{"generation":{generation},"tgids":[],"disks":[{{"name":"disk a","dev":"{dev}"}}]}}"#
+        );
+        let listener = UnixListener::bind(&socket)?;
+        let first = reported(&listener, &watch)?;
+        ensure!(first["generation"] == generation, "a report of another watch: {first}");
+        let done = fio(&file, &["--ioengine=psync", "--number_ios=2000"])?.count;
+        let mut sum = 0.0;
+        for _ in 0..3 {
+            let report = reported(&listener, &watch)?;
+            ensure!(report["disks"][0]["name"] == "disk a", "{report}");
+            sum += seen(&report, "foreign_reads")?.count;
+        }
+        counted.push(all_there(sum, done)?);
+        drop(listener);
+        fs::remove_file(&socket)?;
+        // The agent finds nobody there, and goes on.
+        std::thread::sleep(Duration::from_millis(1500));
+        ensure!(process.alive(), "the agent ended with its daemon: {}", process.said());
+    }
+    let code = process.terminate(Duration::from_secs(5))?;
+    ensure!(code == 0, "ended with code {code}: {}", process.said());
+    Ok(counted.join("; "))
+}
+
+/// Answers the agent until it reports.
+fn reported(listener: &UnixListener, watch: &str) -> Result<Value> {
+    for _ in 0..20 {
+        let (mut stream, _) = listener.accept()?;
+        stream.set_read_timeout(Some(Duration::from_secs(5)))?;
+        let (mut request, mut piece) = (Vec::new(), [0; 65536]);
+        let (head, body) = loop {
+            let count = stream.read(&mut piece)?;
+            ensure!(count > 0, "half a request");
+            request.extend_from_slice(&piece[..count]);
+            let all = String::from_utf8_lossy(&request).into_owned();
+            let Some((head, body)) = all.split_once("\r\n\r\n") else { continue };
+            let length = head.lines().find_map(|line| line.strip_prefix("Content-Length: "));
+            let length: usize = length.unwrap_or("0").parse()?;
+            if body.len() >= length {
+                break (head.to_string(), body.to_string());
+            }
+        };
+        if head.starts_with("POST /v1/probes/report ") {
+            stream.write_all(b"HTTP/1.1 204 No Content\r\n\r\n")?;
+            return json(&body);
+        }
+        ensure!(head.starts_with("GET /v1/probes/watch"), "{head}");
+        let known = head.contains("?generation=");
+        let answer = if known { "" } else { watch };
+        let status = if known { "204 No Content" } else { "200 OK" };
+        let length = answer.len();
+        write!(stream, "HTTP/1.1 {status}\r\nContent-Length: {length}\r\n\r\n{answer}")?;
+    }
+    bail!("the agent does not report")
+}
+
 /// Reads chosen places of two files that lie among each other, and compares what the agent says.
 fn attribution(disk: &Path, agent: &Path) -> Result<String> {
     let files = [disk.join("one"), disk.join("two")];
@@ -471,7 +548,7 @@ impl Delayed {
         let (say, answer) = if paused == Paused::Yes { (b"p", b'P') } else { (b"r", b'R') };
         socket.write_all(say)?;
         let mut heard = [0];
-        std::io::Read::read_exact(&mut socket, &mut heard)?;
+        socket.read_exact(&mut heard)?;
         ensure!(heard[0] == answer, "nbdkit's pause filter answered {:?}", heard[0] as char);
         Ok(())
     }
