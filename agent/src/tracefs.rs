@@ -148,11 +148,7 @@ struct Field<'a> {
     size: u64,
 }
 
-<<<<<<< HEAD
-/// One line: `field:char rwbs[10]; offset:34; size:10; signed:0;`
-=======
 /// One line: `field:char rwbs[10]; offset:34; size:10; signed:0;`, with tabs between.
->>>>>>> ebpf
 fn field(line: &str) -> Option<Field<'_>> {
     let mut parts = line.trim().strip_prefix("field:")?.split(';').map(str::trim);
     let declared = parts.next()?.split_whitespace().next_back()?;
