@@ -144,7 +144,7 @@ fn doctor_tells_what_is_there() {
             .find(|it| it["what"] == what)
             .unwrap_or_else(|| panic!("doctor tells nothing of {what}: {findings}"))
     };
-    for what in ["kernel", "io_uring", "user", "daemon", "ublk", "BPF with BTF", "qemu-nbd"] {
+    for what in ["kernel", "io_uring", "user", "daemon", "ublk", "probes", "qemu-nbd"] {
         let finding = find(what);
         assert!(!finding["found"].as_str().unwrap().is_empty(), "{finding}");
         assert!(finding["state"] == "ok" || finding["follows"] != "", "{finding}");

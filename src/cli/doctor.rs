@@ -1,11 +1,6 @@
 //! `underlay doctor`: what of kernel, privileges and tools is there, and what follows.
 
-use std::{
-    env, fs,
-    os::unix::fs::PermissionsExt,
-    path::{Path, PathBuf},
-    time::Duration,
-};
+use std::{env, fs, os::unix::fs::PermissionsExt, path::PathBuf, process::Stdio, time::Duration};
 
 use clap::Args;
 use nix::{
@@ -25,7 +20,7 @@ use super::{
 };
 use crate::{
     blockdev::ublk::device as ublk_device,
-    control::paths::Paths,
+    control::{agent, paths::Paths},
     error::{Context, Error, Kind, Result},
     io::{Io, RingFile, Rings},
 };
@@ -80,7 +75,7 @@ impl Finding {
 impl Doctor {
     pub(super) async fn run(self, setting: &Setting) -> Result<Outcome> {
         let mut findings = vec![kernel(), io_uring().await];
-        findings.extend([user(), files(), state(), daemon(setting).await, ublk(), bpf()]);
+        findings.extend([user(), files(), state(), daemon(setting).await, ublk(), probes()]);
         findings.extend(tools());
         setting.show(&findings, |findings| text(findings))?;
         let fatal = findings.iter().any(|finding| finding.state == State::Fatal);
@@ -245,14 +240,25 @@ fn ublk() -> Finding {
     }
 }
 
-fn bpf() -> Finding {
-    match Path::new("/sys/kernel/btf/vmlinux").exists() {
-        true => Finding::ok("BPF with BTF", "type information; this version does not use it yet"),
-        false => Finding::missing(
-            "BPF with BTF",
-            "no type information",
-            "nothing yet: this version has no probes",
-        ),
+/// Whether the agent can run its probes here, as it says itself.
+fn probes() -> Finding {
+    let what = "probes";
+    let follows = "latencies of disks are the service's own timing of its reads";
+    let asked = agent::program().and_then(|program| {
+        std::process::Command::new(program).args(["check", "--json"]).stdin(Stdio::null()).output()
+    });
+    let output = match asked {
+        Ok(output) => output,
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
+            return Finding::missing(what, "underlay-agent is not installed", follows);
+        }
+        Err(error) => return Finding::missing(what, format!("underlay-agent: {error}"), follows),
+    };
+    let said: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap_or_default();
+    match (said["works"].as_bool(), said["problem"].as_str()) {
+        (Some(true), _) => Finding::ok(what, "underlay-agent can load them"),
+        (_, Some(problem)) => Finding::missing(what, problem, follows),
+        (_, None) => Finding::missing(what, "underlay-agent does not say why", follows),
     }
 }
 

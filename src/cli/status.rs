@@ -56,6 +56,7 @@ fn totals(status: &api::Status) -> String {
     if let Some(metrics) = &status.daemon.metrics {
         pairs.push(("metrics", metrics.clone()));
     }
+    pairs.push(("latencies", super::top::signal(&status.signal)));
     let up = status.daemon.uptime_seconds;
     pairs.push((
         "daemon",

@@ -18,7 +18,7 @@ use ratatui::{
 use super::{Outcome, Setting, out, size};
 use crate::{
     control::{
-        api::{Activity, CacheView, DiskActivity, HotChunk, Origin},
+        api::{Activity, CacheView, DiskActivity, HotChunk, Origin, SignalView},
         service::blocking,
     },
     error::{Context, Error, Kind, Result},
@@ -171,24 +171,24 @@ fn time(seconds: f64) -> String {
     }
 }
 
-fn signal(activity: &Activity) -> String {
-    let signal = &activity.signal;
+/// Where latencies are from.
+pub(super) fn signal(signal: &SignalView) -> String {
     match signal.source {
         Origin::Probes => {
             let cost =
                 signal.cost_nanos.map_or(String::new(), |nanos| format!(", {nanos} ns an event"));
-            format!("latencies: probes{cost}")
+            format!("by the probes{cost}")
         }
         _ => {
             let why = signal.reason.as_deref().unwrap_or("no probes");
-            format!("latencies: the service's own timing ({})", out::plain(why))
+            format!("by the service's own timing ({})", out::plain(why))
         }
     }
 }
 
 /// All of it as tables.
 fn text(activity: &Activity) -> String {
-    let mut text = format!("{}\n", signal(activity));
+    let mut text = format!("latencies: {}\n", signal(&activity.signal));
     for part in parts(activity) {
         let columns: Vec<_> = part
             .heading
@@ -212,7 +212,7 @@ fn show(frame: &mut Frame, activity: &Activity) {
         Constraint::Min(3),
     ])
     .areas(frame.area());
-    let line = Line::from(format!("underlay top   {}   q quits", signal(activity)));
+    let line = Line::from(format!("underlay top   {}   q quits", signal(&activity.signal)));
     frame.render_widget(line.bold(), head);
     for (part, area) in parts(activity).into_iter().zip([disks, caches, hottest]) {
         let widths = widths(&part);
@@ -244,7 +244,7 @@ mod tests {
     use ratatui::{Terminal, backend::TestBackend};
 
     use super::*;
-    use crate::{catalog::Tier, control::api::SignalView};
+    use crate::catalog::Tier;
 
     fn activity() -> Activity {
         let disk = |name: &str, mean| DiskActivity {
@@ -310,7 +310,7 @@ mod tests {
     #[test]
     fn once_is_text() {
         let text = text(&activity());
-        assert!(text.starts_with("latencies: probes, 310 ns an event\n"), "{text}");
+        assert!(text.starts_with("latencies: by the probes, 310 ns an event\n"), "{text}");
         assert!(
             text.contains("20.1 ms") && text.contains("yes") && !text.contains('\u{1b}'),
             "{text}"

@@ -47,10 +47,14 @@ pub async fn keep(socket: PathBuf, promotion: Weak<Promotion>) {
     }
 }
 
-fn start(socket: &Path) -> std::io::Result<Child> {
+/// Where the agent is: beside this program, or where PATH leads.
+pub fn program() -> std::io::Result<PathBuf> {
     let beside = std::env::current_exe()?.with_file_name(PROGRAM);
-    let program = if beside.is_file() { beside } else { PathBuf::from(PROGRAM) };
-    Command::new(program)
+    Ok(if beside.is_file() { beside } else { PathBuf::from(PROGRAM) })
+}
+
+fn start(socket: &Path) -> std::io::Result<Child> {
+    Command::new(program()?)
         .arg("--socket")
         .arg(socket)
         .arg("--until-end-of-input")

@@ -187,6 +187,8 @@ pub struct Status {
     pub replicas: Vec<ReplicaView>,
     /// Every block device.
     pub attachments: Vec<AttachmentView>,
+    /// Where latencies of disks are from.
+    pub signal: SignalView,
 }
 
 /// An export to make a block device of.

@@ -15,6 +15,7 @@
 //!   reads a file for a client that the client could not read himself.
 //! - No request blocks a thread of the runtime.
 
+pub mod agent;
 pub mod api;
 pub mod client;
 pub mod config;
@@ -24,7 +25,6 @@ pub mod server;
 pub mod service;
 pub mod socket;
 
-mod agent;
 mod attachments;
 mod exports;
 mod job;

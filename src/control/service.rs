@@ -164,6 +164,7 @@ impl Service {
             images: self.images().await?,
             replicas: self.replicas().await?,
             attachments: self.attachments.list(),
+            signal: self.promotion.signal(),
         })
     }
 

@@ -315,6 +315,11 @@ impl Promotion {
         }
     }
 
+    /// Where latencies are from.
+    pub fn signal(&self) -> SignalView {
+        self.state().probes.view()
+    }
+
     /// What happens right now.
     pub fn activity(&self) -> Activity {
         let caches = self.caches();

@@ -6,6 +6,7 @@
 //! - what is written stays within the budget and what is stored within the limit;
 //! - nothing is promoted while the copy's disk is as fast as the reader's, before and after.
 
+mod agent;
 mod chart;
 mod faults;
 mod load;
@@ -61,7 +62,9 @@ pub fn run(lab: &Lab, chart: Option<&Path>, report: &mut Report) {
     report.check("promotion: a slow disk, by the service's own timing", || {
         slow_disk(lab, Signal::Timing, chart)
     });
-    match probes::usable() {
+    let usable = probes::usable();
+    agent::run(lab, usable.is_ok(), report);
+    match usable {
         Err(error) => report.skip("promotion: by the probes", &format!("{error:#}")),
         Ok(_) => {
             report.check("promotion: a slow disk, by the probes", || {
