@@ -26,7 +26,7 @@ use crate::{
         config::Config,
         exports::{Caches, Exports, IMAGE, REPLICA},
         job::Jobs,
-        metrics::Metrics,
+        metrics::{Metrics, Sources},
         promotion::Promotion,
         socket::Socket,
         tails::Tails,
@@ -465,12 +465,15 @@ impl Service {
 
     /// The figures, in the OpenMetrics text format.
     pub async fn metrics(&self) -> Result<String> {
-        let status = self.status().await?;
-        let mut overlays = HashMap::new();
-        self.exports.each_open(|id, replica| {
-            overlays.insert(id, replica.overlay().stats());
-        });
-        self.metrics.text(&status, &overlays, self.server.connections(), self.server.served())
+        let sources = Sources {
+            node: &self.node,
+            exports: &self.exports,
+            server: &self.server,
+            uptime: self.started.elapsed(),
+            promotion: None,
+            probes: None,
+        };
+        self.metrics.text(sources).await
     }
 }
 
