@@ -26,7 +26,7 @@ use crate::{
         config::Config,
         exports::{Caches, Exports, IMAGE, REPLICA},
         job::Jobs,
-        metrics::{Metrics, Sources},
+        metrics::{Metrics, PageFormat, Sources},
         promotion::Promotion,
         socket::Socket,
         tails::Tails,
@@ -463,8 +463,8 @@ impl Service {
         Ok(report)
     }
 
-    /// The figures, in the OpenMetrics text format.
-    pub async fn metrics(&self) -> Result<String> {
+    /// The figures, for Prometheus.
+    pub async fn metrics(&self, format: PageFormat) -> Result<String> {
         let sources = Sources {
             node: &self.node,
             exports: &self.exports,
@@ -473,7 +473,7 @@ impl Service {
             promotion: None,
             probes: None,
         };
-        self.metrics.text(sources).await
+        self.metrics.text(sources, format).await
     }
 }
 

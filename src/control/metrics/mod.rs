@@ -17,6 +17,7 @@
 
 mod disks;
 mod exports;
+mod format;
 mod images;
 mod node;
 mod page;
@@ -39,7 +40,9 @@ use prometheus_client::{
     registry::Registry,
 };
 
+#[allow(unused_imports, reason = "for those who tell of promotion and probes")]
 pub use self::{
+    format::PageFormat,
     page::Latency,
     probes::{DeviceReads, ProbedDisk, Probes, Served},
     promotion::{PromotingDisk, Promotion},
@@ -51,9 +54,6 @@ use crate::{
     error::{Error, Kind, Result},
     histogram::Histogram,
 };
-
-/// What a scraper is told of the text.
-pub const CONTENT_TYPE: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
 
 /// What is counted as it happens, and what disks said last.
 #[derive(Default)]
@@ -69,7 +69,7 @@ impl Metrics {
     }
 
     /// Everything, as text.
-    pub async fn text(&self, sources: Sources<'_>) -> Result<String> {
+    pub async fn text(&self, sources: Sources<'_>, format: PageFormat) -> Result<String> {
         let node = sources.node.clone();
         let outline = blocking(move || Ok(node.outline())).await?;
         let disks = outline.disks.iter().map(|disk| disk.id).collect();
@@ -77,7 +77,7 @@ impl Metrics {
         let creation = Latency::of(&self.replica_creation.counts());
         let snapshot = Snapshot::take(&sources, outline, surveys, creation);
         // A thousand replicas are some milliseconds of work.
-        blocking(move || snapshot.text()).await
+        blocking(move || Ok(format.of(snapshot.text()?))).await
     }
 }
 
