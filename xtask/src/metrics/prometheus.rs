@@ -66,7 +66,7 @@ impl Prometheus {
         let rules = read(&packaging("prometheus/underlay.rules.yml"))?;
         let rules = rules.lines().filter(|line| !line.trim().starts_with("for: "));
         fs::write(dir.join("underlay.rules.yml"), rules.collect::<Vec<_>>().join("\n") + "\n")?;
-        let address = TcpListener::bind("127.0.0.1:0")?.local_addr()?.to_string();
+        let address = free_port()?;
         let mut process = tool(&programs.prometheus, ["--log.level=warn"])
             .args([format!("--config.file={}", dir.join("scrape.yml").display())])
             .args([format!("--storage.tsdb.path={}", dir.join("tsdb").display())])
@@ -115,6 +115,11 @@ impl Prometheus {
             thread::sleep(Duration::from_millis(250));
         }
     }
+}
+
+/// An address of this host that nobody listens at just now.
+pub fn free_port() -> Result<String> {
+    Ok(TcpListener::bind("127.0.0.1:0")?.local_addr()?.to_string())
 }
 
 /// The body of a page, for one who takes `accept`.
