@@ -296,17 +296,26 @@ fn the_document_and_the_metrics_are_served() {
     let (status, document) = daemon.http("GET", "/openapi.json", b"");
     assert_eq!(status, 200);
     assert_eq!(document, underlay::control::document());
-    let (status, text) = daemon.http("GET", "/metrics", b"");
+    let (status, plain) = daemon.http("GET", "/metrics", b"");
     assert_eq!(status, 200);
+    assert!(plain.contains("\n# TYPE underlay_replica_commits_total counter\n"), "{plain}");
+    let asked = "GET /metrics HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\
+                 accept: application/openmetrics-text;version=1.0.0,text/plain;q=0.5\r\n\r\n";
+    let text = exchange(&daemon.socket(), asked.as_bytes());
+    assert!(text.contains("content-type: application/openmetrics-text; version=1.0.0"), "{text}");
+    assert!(text.contains("\n# UNIT underlay_replica_map_bytes bytes\n"), "{text}");
     for sample in [
-        "underlay_disk_up{name=\"a\"} 1",
-        "underlay_image_replicas{name=\"base\"} 1",
-        "underlay_replica_clients{name=\"vm1\"} 1",
-        "underlay_replica_size_bytes{name=\"vm1\"} 1048576",
-        "underlay_replica_commits_total{name=\"vm1\"} 1",
+        "underlay_disk_up{disk=\"a\"} 1",
+        "underlay_image_replicas{image=\"base\"} 1",
+        "underlay_replica_info{replica=\"vm1\",disk=\"a\",image=\"base\"} 1",
+        "underlay_replica_clients{replica=\"vm1\"} 1",
+        "underlay_replica_size_bytes{replica=\"vm1\"} 1048576",
+        "underlay_replica_commits_total{replica=\"vm1\"} 1",
         "underlay_replica_creation_seconds_count 1",
+        "underlay_export_operations_total{export=\"replica/vm1\",front=\"nbd\",op=\"write\"} 1",
+        "underlay_export_bytes_total{export=\"replica/vm1\",front=\"nbd\",op=\"write\"} 4096",
         "underlay_nbd_connections 1",
-        "underlay_process_resident_memory_bytes",
+        "process_resident_memory_bytes",
     ] {
         assert!(text.lines().any(|line| line.starts_with(sample)), "no {sample} in {text}");
     }

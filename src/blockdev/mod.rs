@@ -4,12 +4,14 @@ use std::sync::Arc;
 
 pub mod base;
 pub mod device;
+pub mod figures;
 pub mod nbd;
 pub mod replica;
 pub mod ublk;
 
 pub use base::{BaseImage, Content};
 pub use device::{Device, Extent, Info, Provision};
+pub use figures::Figures;
 pub use replica::Replica;
 
 use crate::io::Ring;
@@ -42,4 +44,6 @@ pub struct Export {
     pub description: String,
     /// What reads and writes.
     pub device: AnyDevice,
+    /// What is counted of its requests.
+    pub figures: Arc<Figures>,
 }

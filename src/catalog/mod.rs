@@ -49,6 +49,7 @@ mod scan;
 mod stage;
 mod status;
 mod steps;
+mod survey;
 mod view;
 
 #[cfg(test)]
@@ -71,3 +72,4 @@ pub use status::{
     CopyState, CopyStatus, DiskState, DiskStatus, FsckReport, ImageStatus, ImageUser, NodeStatus,
     Problem, ReplicaState, ReplicaStatus, UserState,
 };
+pub use survey::{Outline, Survey};

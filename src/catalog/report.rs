@@ -11,7 +11,7 @@ use std::{
 use uuid::Uuid;
 
 use super::{
-    dir::allocated,
+    dir::{Space, allocated},
     disk::{DATA, Disk, IMAGES, MAP},
     name::{Digest, Name},
     node::Node,
@@ -37,10 +37,9 @@ impl Node {
             Ok(space) => {
                 status.total_bytes = space.total;
                 status.free_bytes = space.free;
-                if space.read_only {
-                    status.state = DiskState::ReadOnly;
-                    let what = "its file system is read-only: remount it for replicas to work";
-                    status.reason = Some(what.to_owned());
+                if let Some((state, reason)) = told(&space) {
+                    status.state = state;
+                    status.reason = Some(reason.to_owned());
                 }
             }
             Err(error) => {
@@ -125,39 +124,52 @@ impl Node {
     pub fn status(&self) -> NodeStatus {
         let (mut status, here) = {
             let view = self.0.view();
-            let mut status = NodeStatus {
-                disks: view.disks.len(),
-                images: view.images.len(),
-                replicas: view.replicas.len(),
-                ..NodeStatus::default()
-            };
-            let mut users: BTreeMap<Digest, BTreeSet<Uuid>> = BTreeMap::new();
-            for replica in view.replicas.values() {
-                users.entry(replica.record.image.digest).or_default().insert(replica.disk);
-            }
-            for (digest, image) in &view.images {
-                let one = image.copies.iter().map(|copy| copy.found.stored).max().unwrap_or(0);
-                let stored: u64 = image.copies.iter().map(|copy| copy.found.stored).sum();
-                let disks = users.get(digest).map_or(0, BTreeSet::len).max(1) as u64;
-                status.copies += image.copies.len();
-                status.image_bytes += stored;
-                status.per_disk_bytes += one.saturating_mul(disks);
-                status.saved_bytes += one.saturating_mul(disks).saturating_sub(stored);
-            }
             let replicas = view.replicas.iter();
             let here: Vec<_> = replicas
                 .filter_map(|(id, replica)| Some((*id, view.here(replica.disk)?.clone())))
                 .collect();
-            (status, here)
+            (node_status(&view), here)
         };
         let overlays: u64 = here.iter().map(|(id, disk)| taken(disk, *id)).sum();
-        status.stored_bytes = status.image_bytes + overlays;
+        status.stored_bytes += overlays;
         status
     }
 }
 
+/// The node in figures, as far as they are known without asking a disk: what replicas take is not
+/// counted.
+pub(super) fn node_status(view: &View) -> NodeStatus {
+    let mut status = NodeStatus {
+        disks: view.disks.len(),
+        images: view.images.len(),
+        replicas: view.replicas.len(),
+        ..NodeStatus::default()
+    };
+    let mut users: BTreeMap<Digest, BTreeSet<Uuid>> = BTreeMap::new();
+    for replica in view.replicas.values() {
+        users.entry(replica.record.image.digest).or_default().insert(replica.disk);
+    }
+    for (digest, image) in &view.images {
+        let one = image.copies.iter().map(|copy| copy.found.stored).max().unwrap_or(0);
+        let stored: u64 = image.copies.iter().map(|copy| copy.found.stored).sum();
+        let disks = users.get(digest).map_or(0, BTreeSet::len).max(1) as u64;
+        status.copies += image.copies.len();
+        status.image_bytes += stored;
+        status.per_disk_bytes += one.saturating_mul(disks);
+        status.saved_bytes += one.saturating_mul(disks).saturating_sub(stored);
+    }
+    status.stored_bytes = status.image_bytes;
+    status
+}
+
+/// What its file system tells of a disk that can't be used as it was attached, and why.
+pub(super) fn told(space: &Space) -> Option<(DiskState, &'static str)> {
+    let why = "its file system is read-only: remount it for replicas to work";
+    space.read_only.then_some((DiskState::ReadOnly, why))
+}
+
 /// Space that a replica takes; nothing if it has gone meanwhile.
-fn taken(disk: &Disk, id: Uuid) -> u64 {
+pub(super) fn taken(disk: &Disk, id: Uuid) -> u64 {
     let Ok(dir) = disk.replica(id) else { return 0 };
     let files = [DATA, MAP].into_iter().filter_map(|file| dir.stat(file).ok().flatten());
     files.map(|stat| allocated(&stat)).sum()
@@ -174,7 +186,7 @@ fn measure(status: &mut ReplicaStatus, disk: Option<Arc<Disk>>) {
     }
 }
 
-fn disk_status(view: &View, slot: &Slot) -> DiskStatus {
+pub(super) fn disk_status(view: &View, slot: &Slot) -> DiskStatus {
     let id = slot.known.id;
     let copies = view.images.values().flat_map(|image| &image.copies);
     let copies: Vec<_> = copies.filter(|copy| copy.disk == id).collect();
@@ -213,7 +225,7 @@ fn disk_status(view: &View, slot: &Slot) -> DiskStatus {
     status
 }
 
-fn image_status(view: &View, digest: Digest, image: &Image) -> ImageStatus {
+pub(super) fn image_status(view: &View, digest: Digest, image: &Image) -> ImageStatus {
     let oldest = image.copies.iter().min_by_key(|copy| copy.found.record.created);
     let copies = image.copies.iter().map(|copy| {
         let slot = view.slot(copy.disk);
@@ -239,7 +251,7 @@ fn image_status(view: &View, digest: Digest, image: &Image) -> ImageStatus {
     }
 }
 
-fn replica_status(view: &View, replica: &Replica) -> ReplicaStatus {
+pub(super) fn replica_status(view: &View, replica: &Replica) -> ReplicaStatus {
     let ReplicaRecord { id, name, size, image: base, created, .. } = &replica.record;
     let image = view.images.get(&base.digest);
     let (state, mut reason) = match (&replica.fault, image.and_then(Image::ready)) {
@@ -265,7 +277,7 @@ fn replica_status(view: &View, replica: &Replica) -> ReplicaStatus {
     }
 }
 
-fn away_status(view: &View, digest: Digest, reference: &RefRecord) -> ReplicaStatus {
+pub(super) fn away_status(view: &View, digest: Digest, reference: &RefRecord) -> ReplicaStatus {
     let disk = view.disk_name(reference.disk).unwrap_or(&reference.disk_name).clone();
     ReplicaStatus {
         name: reference.name.clone(),

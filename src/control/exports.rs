@@ -23,7 +23,7 @@ use tokio::{sync::Mutex as AsyncMutex, time::timeout};
 use uuid::Uuid;
 
 use crate::{
-    blockdev::{AnyDevice, BaseImage, Content, Export, Replica, nbd::Exports as Offered},
+    blockdev::{AnyDevice, BaseImage, Content, Export, Figures, Replica, nbd::Exports as Offered},
     catalog::{Digest, Name, Node, Removed, ReplicaStatus, Tier},
     control::{
         config::Caching,
@@ -57,6 +57,8 @@ pub struct Exports {
     views: Arc<Views>,
     bases: Mutex<HashMap<Digest, Slot<Weak<Base>>>>,
     replicas: Mutex<HashMap<Uuid, Slot<Option<Opened>>>>,
+    /// By the names of exports, for as long as there is something of that name.
+    figures: Mutex<HashMap<String, Arc<Figures>>>,
 }
 
 /// How files are opened.
@@ -96,8 +98,8 @@ impl Exports {
         tails: Option<Tails>,
         views: Arc<Views>,
     ) -> Exports {
-        let (bases, replicas) = (Mutex::default(), Mutex::default());
-        Exports { node, rings, caching, tails, views, bases, replicas }
+        let (bases, replicas, figures) = (Mutex::default(), Mutex::default(), Mutex::default());
+        Exports { node, rings, caching, tails, views, bases, replicas, figures }
     }
 
     /// The image of this name or digest as an export.
@@ -106,9 +108,11 @@ impl Exports {
         let status = blocking(move || node.image(&name)).await?;
         let name = status.names.first().map_or_else(|| status.digest.to_string(), Name::to_string);
         let base = self.base(status.digest).await?;
+        let export = format!("{IMAGE}{name}");
         Ok(Arc::new(Export {
             description: format!("image {name} ({} bytes)", status.size),
-            name: format!("{IMAGE}{name}"),
+            figures: self.figures(&export),
+            name: export,
             device: AnyDevice::Base(base),
         }))
     }
@@ -192,6 +196,7 @@ impl Exports {
         let removed = blocking(move || node.remove_replica(&id)).await?;
         *slot = None;
         locked(&self.replicas).remove(&status.id);
+        locked(&self.figures).remove(&format!("{REPLICA}{}", status.name));
         if let Some(tails) = &self.tails {
             tails.remove(status.id);
         }
@@ -231,6 +236,26 @@ impl Exports {
                 visit(id, &opened.replica);
             }
         }
+    }
+
+    /// The figures of every export that was opened, by its name; those that are gone, as `stays`
+    /// tells by their names, are forgotten.
+    pub fn all_figures(&self, stays: impl Fn(&str) -> bool) -> Vec<(String, Arc<Figures>)> {
+        let mut figures = locked(&self.figures);
+        figures.retain(|name, figures| Arc::strong_count(figures) > 1 || stays(name));
+        let mut all: Vec<_> =
+            figures.iter().map(|(name, figures)| (name.clone(), figures.clone())).collect();
+        all.sort_by(|a, b| a.0.cmp(&b.0));
+        all
+    }
+
+    /// The views through which replicas read images.
+    pub fn views(&self) -> &Views {
+        &self.views
+    }
+
+    fn figures(&self, export: &str) -> Arc<Figures> {
+        locked(&self.figures).entry(export.to_owned()).or_default().clone()
     }
 
     fn slot(&self, id: Uuid) -> Slot<Option<Opened>> {
@@ -294,9 +319,11 @@ impl Exports {
         }
         let view = self.views.of(&status.disk, status.digest, &base);
         let replica = Arc::new(Replica::new(overlay, base, view, rotational));
+        let export = format!("{REPLICA}{name}");
         let export = Arc::new(Export {
             description: format!("replica {name} on disk {}", status.disk),
-            name: format!("{REPLICA}{name}"),
+            figures: self.figures(&export),
+            name: export,
             device: AnyDevice::Replica(replica.clone()),
         });
         Ok(Opened { export, replica })

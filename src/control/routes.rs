@@ -18,7 +18,7 @@ use axum::{
         DefaultBodyLimit, FromRequest, FromRequestParts, Path, Query, Request, State,
         rejection::QueryRejection,
     },
-    http::{StatusCode, header, request::Parts},
+    http::{HeaderMap, StatusCode, header, request::Parts},
     response::{IntoResponse, Response},
     routing::{get, post},
 };
@@ -335,11 +335,13 @@ async fn fsck(State(service): Node, Input(request): Input<FsckRequest>) -> Answe
     Ok(Json(service.fsck(request).await?))
 }
 
-/// Figures for Prometheus, in the OpenMetrics text format.
+/// Figures for Prometheus, in the OpenMetrics text format where that is accepted.
 #[utoipa::path(get, path = "/metrics", responses((status = 200, body = String)))]
-pub(super) async fn metrics(State(service): Node) -> Result<Response, Failure> {
-    let text = service.metrics().await?;
-    Ok(([(header::CONTENT_TYPE, metrics::CONTENT_TYPE)], text).into_response())
+pub(super) async fn metrics(State(service): Node, headers: HeaderMap) -> Result<Response, Failure> {
+    let accept = headers.get(header::ACCEPT).and_then(|value| value.to_str().ok());
+    let format = metrics::PageFormat::accepted(accept);
+    let text = service.metrics(format).await?;
+    Ok(([(header::CONTENT_TYPE, format.content_type())], text).into_response())
 }
 
 /// This document.

@@ -26,7 +26,7 @@ use crate::{
         config::Config,
         exports::{Caches, Exports, IMAGE, REPLICA},
         job::Jobs,
-        metrics::Metrics,
+        metrics::{Metrics, PageFormat, Sources},
         promotion::Promotion,
         socket::Socket,
         tails::Tails,
@@ -464,14 +464,17 @@ impl Service {
         Ok(report)
     }
 
-    /// The figures, in the OpenMetrics text format.
-    pub async fn metrics(&self) -> Result<String> {
-        let status = self.status().await?;
-        let mut overlays = HashMap::new();
-        self.exports.each_open(|id, replica| {
-            overlays.insert(id, replica.overlay().stats());
-        });
-        self.metrics.text(&status, &overlays, self.server.connections(), self.server.served())
+    /// The figures, for Prometheus.
+    pub async fn metrics(&self, format: PageFormat) -> Result<String> {
+        let sources = Sources {
+            node: &self.node,
+            exports: &self.exports,
+            server: &self.server,
+            uptime: self.started.elapsed(),
+            promotion: None,
+            probes: None,
+        };
+        self.metrics.text(sources, format).await
     }
 }
 

@@ -25,7 +25,8 @@ const KEYRINGS: [&str; 2] = [
 pub struct Apt {
     /// The mirror that the machine itself uses.
     pub mirror: String,
-    codename: String,
+    /// The machine's release.
+    pub codename: String,
     keyring: &'static str,
     sudo: bool,
 }

@@ -14,6 +14,7 @@ mod hostile;
 mod image;
 mod kill;
 mod lab;
+mod metrics;
 mod nbd;
 mod packaging;
 mod pattern;
@@ -90,6 +91,8 @@ enum Chore {
     Demo,
     /// Rig: the eBPF probes against fio's own figures, and their attribution of reads
     Probes,
+    /// Rig: metrics, rules, alerts and the dashboard, by a real Prometheus
+    Metrics,
     /// Rig: tests that need a kernel with ublk, NBD and device-mapper, within a guest that has one
     Vm(vm::Options),
     /// The driver of those tests, within the guest
@@ -171,6 +174,7 @@ fn run(chore: Chore) -> Result<()> {
             promotion::run(&Lab::open()?, chart.as_deref(), &mut report);
         }
         Chore::Demo => demo::run(&Lab::open()?, &mut report),
+        Chore::Metrics => metrics::run(&Lab::open()?, &mut report),
         Chore::Vm(options) => vm::run(&Lab::open()?, &options, &mut report),
         Chore::Probes => probes::run(&Lab::open()?, &mut report),
         Chore::Savings => savings::run(&Lab::open()?, &mut report),

@@ -14,7 +14,7 @@ use crate::report::{Report, say};
 use crate::subject::Against;
 use crate::tool::tool;
 use crate::{
-    clients, demo, ebpf, guest, hostile, kill, packaging, place, probes, promotion, savings, sick,
+    clients, demo, ebpf, guest, hostile, kill, metrics, packaging, place, probes, promotion, savings, sick,
     vm,
 };
 
@@ -59,6 +59,7 @@ pub fn rigs(report: &mut Report) -> Result<()> {
     let lab = Lab::open()?;
     demo::run(&lab, report);
     packaging::run(&lab, report);
+    metrics::run(&lab, report);
     guest::run(&lab, Against::Underlay, report);
     clients::run(&lab, Against::Underlay, 1, report);
     kill::run(&lab, Against::Underlay, 1, report);

@@ -5,6 +5,7 @@
 //! queue.
 
 use std::{
+    collections::HashMap,
     future::Future,
     os::fd::{AsRawFd, OwnedFd},
     pin::Pin,
@@ -26,7 +27,7 @@ use tokio::{
 
 use super::{Ending, Handshake, Negotiated, Offer, Step, Terms, session};
 use crate::{
-    blockdev::{AnyDevice, Export},
+    blockdev::{AnyDevice, Export, figures::Front},
     error::{Context, Error, Kind, Result},
     io::{Ring, Rings},
 };
@@ -140,6 +141,17 @@ impl Server {
             .iter()
             .filter(|session| session.client == Client::Process && session.export.name == name);
         theirs.map(|session| who(&session.socket)).collect()
+    }
+
+    /// How many clients each export has that has any, the kernel's apart.
+    pub fn clients_of_each(&self) -> HashMap<String, u64> {
+        let mut counts = HashMap::new();
+        for session in self.shared.live() {
+            if session.client == Client::Process {
+                *counts.entry(session.export.name.clone()).or_insert(0) += 1;
+            }
+        }
+        counts
     }
 
     /// A connection to `export` that needs no handshake, for the kernel's NBD client.
@@ -256,12 +268,13 @@ impl Shared {
         let end = self
             .rings
             .run(self.rings.pick(), move |ring: Ring| async move {
+                let figures = export.figures.of(Front::Nbd);
                 match &export.device {
                     AnyDevice::Base(base) => {
-                        session::serve(ring, socket, base.clone(), terms, early).await
+                        session::serve(ring, socket, base.clone(), terms, early, figures).await
                     }
                     AnyDevice::Replica(replica) => {
-                        session::serve(ring, socket, replica.clone(), terms, early).await
+                        session::serve(ring, socket, replica.clone(), terms, early, figures).await
                     }
                 }
             })

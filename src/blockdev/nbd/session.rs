@@ -20,6 +20,7 @@ use std::{
     rc::Rc,
     sync::Arc,
     task::{Poll, Waker},
+    time::Instant,
 };
 
 use nix::sys::socket::{Shutdown, shutdown};
@@ -29,7 +30,11 @@ use super::{
     wire::{self, Command, Place, REQUEST_HEADER, Request},
 };
 use crate::{
-    blockdev::{Device, Extent, device::caught},
+    blockdev::{
+        Device, Extent,
+        device::caught,
+        figures::{Operation, Operations},
+    },
     error::{Error, Kind, Result},
     io::{
         Buf, Io, Ring,
@@ -57,19 +62,22 @@ pub enum End {
     Broken(io::Error),
 }
 
-/// Serves a connection until it ends. `early` is what the client sent behind its handshake.
+/// Serves a connection until it ends. `early` is what the client sent behind its handshake; what is
+/// served is counted in `figures`.
 pub async fn serve<D: Device<Ring>>(
     ring: Ring,
     socket: Arc<OwnedFd>,
     device: Arc<D>,
     terms: Terms,
     early: Vec<u8>,
+    figures: Arc<Operations>,
 ) -> End {
     let session = Rc::new(Session {
         ring: ring.clone(),
         socket,
         device,
         terms,
+        figures,
         phase: Cell::new(Phase::Open),
         requests: Cell::new(0),
         bytes: Cell::new(0),
@@ -104,6 +112,7 @@ struct Session<D> {
     socket: Arc<OwnedFd>,
     device: Arc<D>,
     terms: Terms,
+    figures: Arc<Operations>,
     phase: Cell<Phase>,
     /// Requests under way, from their header until their reply is sent.
     requests: Cell<usize>,
@@ -129,6 +138,8 @@ struct Work {
     buf: Option<Buf>,
     /// Bytes of credit it holds.
     bytes: usize,
+    /// When all of it was here.
+    arrived: Instant,
 }
 
 struct Reply {
@@ -181,7 +192,8 @@ impl<D: Device<Ring>> Session<D> {
             self.give_credit(1, bytes);
             return Err(error);
         }
-        self.queue.borrow_mut().push_back(Work { cookie, task, buf, bytes });
+        let arrived = Instant::now();
+        self.queue.borrow_mut().push_back(Work { cookie, task, buf, bytes, arrived });
         let idle = self.idle.borrow_mut().pop();
         match idle {
             Some(worker) => worker.wake(),
@@ -214,9 +226,13 @@ impl<D: Device<Ring>> Session<D> {
 
     /// A worker: serves requests until the session closes.
     async fn work(self: Rc<Self>) {
-        while let Some(Work { cookie, task, buf, bytes }) = self.next_work().await {
+        while let Some(Work { cookie, task, buf, bytes, arrived }) = self.next_work().await {
             let panicked = || Err(Error::new(Kind::Io, "serving it panicked"));
-            let part = match caught(self.serve(cookie, task, buf)).await.unwrap_or_else(panicked) {
+            let served = caught(self.serve(cookie, task, buf)).await.unwrap_or_else(panicked);
+            if let Some((operation, len)) = counted(task) {
+                self.figures.record(operation, len, arrived.elapsed(), &served);
+            }
+            let part = match served {
                 Ok(part) => part,
                 Err(error) => {
                     tracing::warn!(%error, "request failed");
@@ -365,6 +381,20 @@ impl<D: Device<Ring>> Session<D> {
             worker.wake();
         }
     }
+}
+
+/// What a task is counted as, and the bytes that it is about; hints and questions are not counted.
+fn counted(task: Task) -> Option<(Operation, u64)> {
+    Some(match task {
+        Task::Read { len, .. } => (Operation::Read, len.into()),
+        Task::Write { len, .. } => (Operation::Write, len.into()),
+        Task::Flush => (Operation::Flush, 0),
+        Task::Trim { len, .. } => (Operation::Discard, len),
+        Task::WriteZeroes { len, .. } => (Operation::WriteZeroes, len),
+        Task::Cache { .. } | Task::BlockStatus { .. } | Task::Disconnect | Task::Nothing => {
+            return None;
+        }
+    })
 }
 
 /// The stream of requests: what was received and not yet taken.

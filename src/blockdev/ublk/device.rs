@@ -26,7 +26,7 @@ use super::{
     queue::{self, Mode, Shape},
 };
 use crate::{
-    blockdev::{AnyDevice, Export},
+    blockdev::{AnyDevice, Export, figures::Front},
     error::{Context, Error, Kind, Result},
     io::{Ring, Rings},
 };
@@ -310,10 +310,13 @@ impl BlockDevice {
             let (export, end) = (self.export.clone(), self.queues.subscribe());
             rings.spawn(rings.pick(), move |ring: Ring| async move {
                 let phases = queue::Phases { ready, start };
+                let figures = export.figures.of(Front::Ublk);
                 match &export.device {
-                    AnyDevice::Base(base) => queue::serve(ring, shape, base.clone(), phases).await,
+                    AnyDevice::Base(base) => {
+                        queue::serve(ring, shape, base.clone(), figures, phases).await;
+                    }
                     AnyDevice::Replica(replica) => {
-                        queue::serve(ring, shape, replica.clone(), phases).await;
+                        queue::serve(ring, shape, replica.clone(), figures, phases).await;
                     }
                 }
                 drop((export, end));

@@ -10,13 +10,17 @@
 //! - The queue's mapping and numbers are given back before it is told that it has ended; only then
 //!   does the driver let go of the device.
 
-use std::{cell::Cell, fs::File, rc::Rc, sync::Arc};
+use std::{cell::Cell, fs::File, rc::Rc, sync::Arc, time::Instant};
 
 use tokio::sync::oneshot;
 
 use super::abi::{self, Operation, Request};
 use crate::{
-    blockdev::{Device, Provision, device::caught},
+    blockdev::{
+        Device, Provision,
+        device::caught,
+        figures::{self, Operations},
+    },
     error::{Context, Error, Kind, Result},
     io::{
         Buf, Ring,
@@ -57,15 +61,17 @@ pub(super) struct Phases {
     pub(super) start: oneshot::Receiver<()>,
 }
 
-/// Serves a queue until the driver takes it away; nothing of it is left then.
+/// Serves a queue until the driver takes it away; nothing of it is left then. What is served is
+/// counted in `figures`.
 pub(super) async fn serve<D: Device<Ring>>(
     ring: Ring,
     shape: Shape,
     device: Arc<D>,
+    figures: Arc<Operations>,
     phases: Phases,
 ) {
     let name = shape.name.clone();
-    let queue = match Queue::new(ring.clone(), shape, device) {
+    let queue = match Queue::new(ring.clone(), shape, device, figures) {
         Ok(queue) => Rc::new(queue),
         Err(error) => {
             let _ = phases.ready.send(Err(error));
@@ -90,6 +96,7 @@ struct Queue<D> {
     ring: Ring,
     shape: Shape,
     device: Arc<D>,
+    figures: Arc<Operations>,
     descriptors: SharedWords,
     /// Per tag, the number under which its pages are lent; empty where they are copied.
     numbers: Vec<u16>,
@@ -114,7 +121,7 @@ impl Memory {
 }
 
 impl<D: Device<Ring>> Queue<D> {
-    fn new(ring: Ring, shape: Shape, device: Arc<D>) -> Result<Queue<D>> {
+    fn new(ring: Ring, shape: Shape, device: Arc<D>, figures: Arc<Operations>) -> Result<Queue<D>> {
         let what = || format!("{}: queue {}", shape.name, shape.queue);
         let (offset, words) = abi::descriptors(shape.queue, shape.depth);
         let descriptors = SharedWords::map(&shape.file, offset, words).context(what)?;
@@ -126,7 +133,7 @@ impl<D: Device<Ring>> Queue<D> {
             })?,
         };
         let (live, idle) = (Cell::new(0), Signal::new());
-        Ok(Queue { ring, shape, device, descriptors, numbers, live, idle })
+        Ok(Queue { ring, shape, device, figures, descriptors, numbers, live, idle })
     }
 
     async fn serve_tag(self: Rc<Self>, tag: u16) {
@@ -147,7 +154,13 @@ impl<D: Device<Ring>> Queue<D> {
                 }
             }
             let request = Request::decode(tag, |index| self.descriptors.load(index));
-            result = match caught(self.answer(request, &memory)).await {
+            let arrived = Instant::now();
+            let served = caught(self.answer(request, &memory)).await;
+            if let Some((operation, len)) = counted(&request) {
+                let served = served.as_ref().map_or(Err(()), |served| served.as_ref().or(Err(())));
+                self.figures.record(operation, len, arrived.elapsed(), &served);
+            }
+            result = match served {
                 Some(Ok(len)) => len,
                 Some(Err(error)) => {
                     tracing::warn!(device = %self.shape.name, ?request, %error, "request failed");
@@ -238,4 +251,16 @@ impl<D: Device<Ring>> Queue<D> {
         }
         Ok(moved)
     }
+}
+
+/// What a request is counted as, and the bytes that it is about.
+fn counted(request: &Request) -> Option<(figures::Operation, u64)> {
+    Some(match request.operation {
+        Operation::Read => (figures::Operation::Read, request.len),
+        Operation::Write => (figures::Operation::Write, request.len),
+        Operation::Flush => (figures::Operation::Flush, 0),
+        Operation::Discard => (figures::Operation::Discard, request.len),
+        Operation::WriteZeroes => (figures::Operation::WriteZeroes, request.len),
+        Operation::Unknown(_) => return None,
+    })
 }

@@ -79,9 +79,12 @@ fn a_request_that_panics_is_answered_and_others_go_on() {
     let (mut client, server) = UnixStream::pair().unwrap();
     client.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
     let (done, ended) = tokio::sync::oneshot::channel();
+    let figures = Arc::<Operations>::default();
+    let counted = figures.clone();
     rings.spawn(0, move |ring| async move {
         let terms = Terms::new(Buggy.info(), false, None);
-        let end = serve(ring, Arc::new(server.into()), Arc::new(Buggy), terms, Vec::new()).await;
+        let socket = Arc::new(server.into());
+        let end = serve(ring, socket, Arc::new(Buggy), terms, Vec::new(), counted).await;
         let _ = done.send(matches!(end, End::Clean));
     });
     // More of them than there may be workers, or credit.
@@ -102,5 +105,8 @@ fn a_request_that_panics_is_answered_and_others_go_on() {
     }
     client.write_all(&request(2, count, 0, 0)).unwrap();
     assert!(ended.blocking_recv().unwrap(), "it ended as it should");
+    let reads = figures.recorded(Operation::Read);
+    assert_eq!(reads.latency.total(), count);
+    assert_eq!((reads.errors, reads.bytes), (count / 3 * 2, count / 3 * 512));
     assert!(rings.stop(Duration::from_secs(5)));
 }
