@@ -471,8 +471,8 @@ impl Service {
             exports: &self.exports,
             server: &self.server,
             uptime: self.started.elapsed(),
-            promotion: None,
-            probes: None,
+            promotion: Some(self.promotion.metrics()),
+            probes: Some(self.promotion.probe_metrics()),
         };
         self.metrics.text(sources, format).await
     }

@@ -14,8 +14,8 @@ use crate::report::{Report, say};
 use crate::subject::Against;
 use crate::tool::tool;
 use crate::{
-    clients, demo, ebpf, guest, hostile, kill, metrics, packaging, place, probes, promotion, savings, sick,
-    vm,
+    clients, demo, ebpf, guest, hostile, kill, metrics, packaging, place, probes, promotion,
+    savings, sick, vm,
 };
 
 /// How long cargo may build and test, on two slow processors.

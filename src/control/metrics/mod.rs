@@ -40,7 +40,6 @@ use prometheus_client::{
     registry::Registry,
 };
 
-#[allow(unused_imports, reason = "for those who tell of promotion and probes")]
 pub use self::{
     format::PageFormat,
     page::Latency,

@@ -1,15 +1,21 @@
 //! What the agent reported last: of each disk, and which chunks of which copies reached the device.
 
 use std::{
-    collections::{HashMap, HashSet},
+    collections::{BTreeMap, HashMap, HashSet},
     time::{Duration, Instant},
 };
 
-use underlay_agent::report::{DiskReport, Load, Report};
+use underlay_agent::{
+    histogram::Histogram,
+    report::{DiskReport, Load, Report},
+};
 
 use crate::{
     catalog::{Digest, Name},
-    control::api::{Origin, SignalView},
+    control::{
+        api::{Origin, SignalView},
+        metrics::{self, DeviceReads, Latency, ProbedDisk, Served},
+    },
     histogram::{self, Counts},
     promote::signal::Signals,
     units::Chunk,
@@ -33,6 +39,65 @@ pub struct Probes {
     tick: u64,
     /// The copies whose extents are known.
     followed: HashSet<(Digest, Name)>,
+    /// What was reported since the daemon's start.
+    tally: Tally,
+}
+
+/// What was reported since the daemon's start.
+#[derive(Default)]
+struct Tally {
+    runs: u64,
+    run_nanos: u64,
+    dropped: u64,
+    unresolved: u64,
+    /// Reads and writes, own and foreign, of each disk.
+    disks: BTreeMap<Name, [Class; 4]>,
+}
+
+/// One class of I/O on one disk.
+#[derive(Default)]
+struct Class {
+    bytes: u64,
+    errors: u64,
+    device: Counts,
+    queue: Counts,
+}
+
+impl Class {
+    fn add(&mut self, load: &Load) {
+        self.bytes += load.bytes;
+        self.errors += load.errors;
+        self.device.add(&counts(load.device_ns, &load.device));
+        self.queue.add(&counts(load.queue_ns, &load.queue));
+    }
+
+    fn served(&self) -> Served {
+        Served {
+            bytes: self.bytes,
+            errors: self.errors,
+            device: Latency::of(&self.device),
+            queue: Latency::of(&self.queue),
+        }
+    }
+}
+
+impl Tally {
+    fn add(&mut self, report: &Report) {
+        if let Some(cost) = report.cost {
+            self.runs += cost.runs;
+            self.run_nanos += cost.run_ns;
+        }
+        let losses = &report.losses;
+        self.dropped += losses.full + losses.ring + losses.chunks + losses.unmatched;
+        self.unresolved += report.unresolved.reads;
+        for disk in &report.disks {
+            let Ok(name) = disk.name.parse::<Name>() else { continue };
+            let loads =
+                [&disk.own_reads, &disk.own_writes, &disk.foreign_reads, &disk.foreign_writes];
+            let classes = self.disks.entry(name).or_default();
+            classes.iter_mut().zip(loads).for_each(|(class, load)| class.add(load));
+        }
+    }
 }
 
 /// A disk as the probes saw it in the last second.
@@ -66,9 +131,9 @@ impl Probed {
 }
 
 /// The agent's histogram as one of ours; buckets are the same from 1 µs on.
-fn counts(load: &Load) -> Counts {
-    let mut counts = Counts { nanos: load.device_ns, ..Counts::default() };
-    for (from, _, count) in load.device.iter() {
+fn counts(nanos: u64, histogram: &Histogram) -> Counts {
+    let mut counts = Counts { nanos, ..Counts::default() };
+    for (from, _, count) in histogram.iter() {
         counts.buckets[histogram::bucket(from)] += count;
     }
     counts
@@ -86,6 +151,7 @@ impl Probes {
             chunks: HashMap::new(),
             tick: 0,
             followed: HashSet::new(),
+            tally: Tally::default(),
         }
     }
 
@@ -120,11 +186,12 @@ impl Probes {
         for refused in &report.refused {
             tracing::debug!(disk = refused.name, why = refused.why, "not watched by the probes");
         }
+        self.tally.add(report);
         self.disks.clear();
         for disk in &report.disks {
             let Ok(name) = disk.name.parse::<Name>() else { continue };
-            let mut reads = counts(&disk.own_reads);
-            reads.add(&counts(&disk.foreign_reads));
+            let mut reads = counts(disk.own_reads.device_ns, &disk.own_reads.device);
+            reads.add(&counts(disk.foreign_reads.device_ns, &disk.foreign_reads.device));
             signals.probed(&name, &reads);
             self.disks.insert(name, Probed::of(disk));
         }
@@ -158,6 +225,35 @@ impl Probes {
     /// The disk as it was in the last second.
     pub fn of(&self, disk: &Name) -> Option<Probed> {
         self.disks.get(disk).copied().filter(|_| self.is_live())
+    }
+
+    /// For the metrics.
+    pub fn metrics(&self) -> metrics::Probes {
+        let disk = |(name, [own_reads, own_writes, foreign_reads, foreign_writes]): (
+            &Name,
+            &[Class; 4],
+        )| {
+            let now = self.of(name);
+            ProbedDisk {
+                disk: name.to_string(),
+                own: DeviceReads { reads: own_reads.served(), writes: own_writes.served() },
+                foreign: DeviceReads {
+                    reads: foreign_reads.served(),
+                    writes: foreign_writes.served(),
+                },
+                in_flight: now.map(|now| now.in_flight),
+                oldest_seconds: now.map(|now| now.oldest_seconds),
+            }
+        };
+        let told = self.tally.runs > 0;
+        metrics::Probes {
+            up: self.is_live(),
+            runs: told.then_some(self.tally.runs),
+            run_seconds: told.then_some(self.tally.run_nanos as f64 / 1e9),
+            dropped: self.tally.dropped,
+            unresolved: self.tally.unresolved,
+            disks: self.tally.disks.iter().map(disk).collect(),
+        }
     }
 
     /// Where figures are from.

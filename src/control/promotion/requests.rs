@@ -6,7 +6,7 @@ use uuid::Uuid;
 use super::*;
 use crate::{
     catalog::{Pin, Profile},
-    control::api::*,
+    control::{api::*, metrics},
     error::Kind,
     promote::{demand::Total, signal},
     units::{self, CHUNK},
@@ -318,6 +318,30 @@ impl Promotion {
     /// Where latencies are from.
     pub fn signal(&self) -> SignalView {
         self.state().probes.view()
+    }
+
+    /// What was promoted, for the metrics.
+    pub fn metrics(&self) -> metrics::Promotion {
+        let state = self.state();
+        let disk = |(disk, plan): (&Name, &Plan)| {
+            let figures = plan.figures();
+            metrics::PromotingDisk {
+                disk: disk.to_string(),
+                limit_bytes: plan.limit,
+                promoted: figures.promoted,
+                promoted_bytes: figures.promoted_bytes,
+                evicted: figures.evicted,
+                failed: figures.failed,
+                saved_seconds: figures.saved_seconds,
+            }
+        };
+        let disks = state.plans.iter().map(disk).collect();
+        metrics::Promotion { rate_bytes: self.bench.rate, disks }
+    }
+
+    /// What the probes saw, for the metrics.
+    pub fn probe_metrics(&self) -> metrics::Probes {
+        self.state().probes.metrics()
     }
 
     /// What happens right now.
