@@ -5,7 +5,8 @@
 //! - An entry is taken by exchanging its key, 0 for the I/O's or the I/O's for 0: of two processors one
 //!   gets it. What stands beside the key belongs to who took it.
 //! - Two I/Os of one place at one time are two entries. Which of them ends first is not told apart: the
-//!   sum of their times is right, and so is their number.
+//!   sum of their times is right, and so is their number. The newest is taken first: an older one may be
+//!   one whose completion was missed, and would lend its age to every later I/O of its place.
 
 use underlay_agent_ebpf::{self as layout, Flight, Pending, Watched, set_of, sets_of};
 
@@ -47,13 +48,21 @@ pub fn own(tgid: u32) -> u32 {
 pub fn pending(key: u64) -> Option<*mut Pending> {
     for set in sets_of(key, layout::PENDING) {
         let set = PENDING.get_ptr_mut(set)?.cast::<Pending>();
+        let (mut found, mut newest) = (None, 0);
         for at in 0..layout::WAYS {
             // SAFETY: the set is live map memory of that many entries.
             let way = unsafe { set.add(at) };
             // SAFETY: as above; a torn key is impossible, it is one aligned word.
             if unsafe { (&raw const (*way).key).read_volatile() } == key {
-                return Some(way);
+                // SAFETY: as above.
+                let queued = unsafe { (*way).queued };
+                if queued >= newest {
+                    (found, newest) = (Some(way), queued);
+                }
             }
+        }
+        if found.is_some() {
+            return found;
         }
     }
     None
@@ -111,14 +120,21 @@ pub fn put_pending(entry: Pending) -> Option<()> {
 pub fn flight(key: u64, flags: u32) -> Option<*mut Flight> {
     for set in sets_of(key, layout::FLIGHTS) {
         let set = FLIGHTS.get_ptr_mut(set)?.cast::<Flight>();
+        let (mut found, mut newest) = (None, 0);
         for at in 0..layout::WAYS {
             // SAFETY: the set is live map memory of that many entries.
             let way = unsafe { set.add(at) };
-            // SAFETY: as above; aligned words.
-            let (found, has) = unsafe { ((&raw const (*way).key).read_volatile(), (*way).flags) };
-            if found == key && has & flags == flags {
-                return Some(way);
+            // SAFETY: as above; a torn key is impossible, it is one aligned word.
+            if unsafe { (&raw const (*way).key).read_volatile() } == key {
+                // SAFETY: as above.
+                let (issued, has) = unsafe { ((*way).issued, (*way).flags) };
+                if has & flags == flags && issued >= newest {
+                    (found, newest) = (Some(way), issued);
+                }
             }
+        }
+        if found.is_some() {
+            return found;
         }
     }
     None

@@ -317,11 +317,15 @@ fn serving(lab: &Lab, agent: &Path) -> Result<String> {
     let dev = format!("{}:{}", nix::sys::stat::major(dev), nix::sys::stat::minor(dev));
     let mut process =
         tool(agent, ["--socket", text(&socket)?]).background(&dir.join("agent.log"))?;
-    std::thread::sleep(Duration::from_millis(500));
-    let status = fs::read_to_string(format!("/proc/{}/status", process.id()))?;
-    let held = status.lines().find_map(|line| line.strip_prefix("CapEff:")).unwrap_or_default();
-    let held = u64::from_str_radix(held.trim(), 16)?;
-    ensure!(held == 1 << 38 | 1 << 39, "capabilities in force: {held:#x}");
+    let status = format!("/proc/{}/status", process.id());
+    let held = || {
+        let text = fs::read_to_string(&status).ok()?;
+        let held = text.lines().find_map(|line| line.strip_prefix("CapEff:"))?;
+        u64::from_str_radix(held.trim(), 16).ok()
+    };
+    let (bpf, perfmon) = (1 << 39, 1 << 38);
+    let given_up = process.until(Duration::from_secs(20), || held() == Some(bpf | perfmon));
+    given_up.with_context(|| format!("capabilities in force: {:#x}", held().unwrap_or(0)))?;
     let mut counted = Vec::new();
     for generation in [7, 3] {
         let watch = format!(

@@ -27,6 +27,8 @@ pub fn run(lab: &Lab, options: &Options) -> Result<String> {
     let dir = lab.dir("bench-probes")?;
     let disk = LoopDisk::new(&dir, "a", DISK, Fs::Ext4)?;
     let file = lay(&disk.path, "file")?;
+    // Otherwise it would be memory that is measured, with a processor as its limit.
+    disk.direct()?;
     let path = text(&disk.path)?;
     let time = format!("--runtime={}", options.seconds().max(1.0));
     let load = [DEEP[0], DEEP[1], &time, "--time_based"];
