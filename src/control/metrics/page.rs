@@ -43,6 +43,7 @@ impl Latency {
     }
 
     /// How many there are.
+    #[must_use]
     pub fn total(&self) -> u64 {
         self.counts.iter().sum()
     }

@@ -14,7 +14,7 @@ pub struct Probes {
     pub runs: Option<u64>,
     /// Processor time that these took, in seconds.
     pub run_seconds: Option<f64>,
-    /// Events that the agent came too late for.
+    /// Events that were not counted, or not fully.
     pub dropped: u64,
     /// Reads that lay in no known file, or in one whose place on the disk isn't known.
     pub unresolved: u64,
@@ -63,7 +63,7 @@ const UP: About = About("probes_up", Of::Things, "Whether the agent of the probe
 const RUNS: About = About("probe_runs", Of::Things, "Runs of the probes in the kernel");
 const RUN_TIME: About = About("probe_run", Of::Seconds, "Processor time that the probes took");
 const DROPPED: About =
-    About("probe_dropped_events", Of::Things, "Events that the agent came too late for");
+    About("probe_dropped_events", Of::Things, "Events that were not counted, or not fully");
 const UNRESOLVED: About =
     About("probe_unresolved_reads", Of::Things, "Device reads that lay in no known file");
 const READ: About = About("device_read", Of::Seconds, "Time that reads took in the device");
