@@ -185,6 +185,9 @@ impl Promotion {
         for (disk, plan) in plans {
             plan.hear(images);
             let here: Vec<&Arc<Seat>> = seats.iter().filter(|seat| seat.disk == *disk).collect();
+            for seat in here.iter().filter(|seat| seat.is_given_up()) {
+                images.find(seat.digest).into_iter().for_each(|it| plan.policy.forget_image(it));
+            }
             let local = signals.latency(disk, tier(disks, disk)).median;
             let reads = reads.get(disk).map(Vec::as_slice).unwrap_or_default();
             let decided = plan.decide(elapsed, reads, local, self.bench.rate);
@@ -217,7 +220,16 @@ impl Promotion {
             matches!(disk.state, DiskState::Present | DiskState::ReadOnly) && !disk.pool
         };
         let mut new = Vec::new();
-        plans.retain(|name, _| disks.iter().any(|disk| disk.name == *name && there(disk)));
+        plans.retain(|name, _| {
+            let stays = disks.iter().any(|disk| disk.name == *name && there(disk));
+            if !stays {
+                // Should it come back, its caches are looked through anew.
+                self.bench.views.all().iter().filter(|seat| seat.disk == *name).for_each(|seat| {
+                    seat.view.cache().into_iter().for_each(|cache| cache.close());
+                });
+            }
+            stays
+        });
         for disk in disks.iter().filter(|disk| there(disk)) {
             if !plans.contains_key(&disk.name) {
                 let mover = Mover::start(disk.name.clone(), self.bench.clone());
@@ -260,7 +272,9 @@ async fn tick_for_ever(promotion: Weak<Promotion>) {
         match promotion.tick() {
             Ok(new) => {
                 for disk in new {
-                    promotion.pin_again(disk).await;
+                    // It opens copies, whose disks may hang.
+                    let promotion = promotion.clone();
+                    tokio::spawn(async move { promotion.pin_again(disk).await });
                 }
             }
             Err(error) => tracing::warn!(%error, "nothing is promoted"),

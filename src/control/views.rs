@@ -3,7 +3,10 @@
 
 use std::{
     collections::HashMap,
-    sync::{Arc, Mutex, MutexGuard, PoisonError, Weak},
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError, Weak,
+        atomic::{AtomicBool, Ordering},
+    },
 };
 
 use crate::{
@@ -34,6 +37,8 @@ pub struct Seat {
     copy: Mutex<Weak<Base>>,
     /// What of the demand was told already.
     told: Mutex<News>,
+    /// Whether somebody knows that its cache was given up.
+    given_up: AtomicBool,
 }
 
 /// Reads, as long as they took.
@@ -46,6 +51,12 @@ pub struct News {
 }
 
 impl Seat {
+    /// Whether its cache was given up since this was asked last.
+    pub fn is_given_up(&self) -> bool {
+        let closed = self.view.cache().is_some_and(|cache| cache.is_closed());
+        closed && !self.given_up.swap(true, Ordering::Relaxed)
+    }
+
     /// What was read since this was asked last.
     pub fn news(&self) -> News {
         let demand = &self.view.demand;
@@ -86,6 +97,7 @@ impl Views {
             view: Arc::new(View::new(size)),
             copy: Mutex::default(),
             told: Mutex::default(),
+            given_up: AtomicBool::new(false),
         };
         let mut seats = locked(&self.0);
         let seat = seats.entry((disk.clone(), digest)).or_insert_with(|| Arc::new(made()));

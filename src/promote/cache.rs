@@ -124,10 +124,13 @@ impl<I: Io> Cache<I> {
     pub async fn read(&self, io: &I, lease: Lease<'_>, offset: u64, buf: Buf) -> Result<()> {
         let read = self.read_checked(io, &lease, offset, &buf).await;
         read.inspect_err(|error| {
+            // Lent memory may have been withdrawn: that says nothing of the disk.
+            let lent = buf.is_lent();
             self.withdraw(lease.chunk);
             self.doubts.fetch_add(1, Ordering::Relaxed);
             tracing::warn!(%error, "a cached chunk is dropped; the image's copy is read instead");
             if error.kind() != Kind::Corrupt
+                && !lent
                 && self.failures.fetch_add(1, Ordering::Relaxed) + 1 >= FAILURES
             {
                 self.close();
@@ -332,6 +335,11 @@ impl<I: Io> Cache<I> {
     pub fn present(&self) -> Vec<Chunk> {
         let present = |slot: &Slot| slot.state.load(Ordering::Relaxed) & PRESENT != 0;
         self.slots.each().filter(|(_, slot)| present(slot)).map(|(chunk, _)| chunk).collect()
+    }
+
+    /// Whether the chunk's space is taken.
+    pub fn is_stored(&self, chunk: Chunk) -> bool {
+        self.slots.get(chunk).is_some_and(|slot| slot.state.load(Ordering::Relaxed) & STORED != 0)
     }
 
     /// Chunks whose space is taken.

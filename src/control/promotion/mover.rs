@@ -6,7 +6,10 @@
 
 use std::{
     collections::BTreeMap,
-    sync::{Arc, Mutex, PoisonError},
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicUsize, Ordering},
+    },
     time::{Duration, Instant},
 };
 
@@ -59,7 +62,9 @@ pub enum Outcome {
 
 /// Sends orders to a disk's task, and hears what became of them.
 pub struct Mover {
-    orders: mpsc::Sender<Vec<Order>>,
+    orders: mpsc::UnboundedSender<Vec<Order>>,
+    /// Orders that were given and not carried out yet.
+    waiting: Arc<AtomicUsize>,
     outcomes: Outcomes,
 }
 
@@ -102,35 +107,35 @@ pub struct Bench {
 impl Mover {
     /// Starts the task of `disk`: it looks first at what an earlier daemon left there.
     pub fn start(disk: Name, bench: Arc<Bench>) -> Mover {
-        // One order waits at most while another is carried out.
-        let (orders, mut received) = mpsc::channel::<Vec<Order>>(1);
+        // No longer than the chunks that may leave a cache: nothing is promoted while it is not free.
+        let (orders, mut received) = mpsc::unbounded_channel::<Vec<Order>>();
         let outcomes = Outcomes::default();
         let task = Task { disk, bench, outcomes: outcomes.clone() };
+        let waiting = Arc::new(AtomicUsize::new(1));
+        let left = waiting.clone();
         tokio::spawn(async move {
             task.adopt().await;
+            left.fetch_sub(1, Ordering::Release);
             while let Some(orders) = received.recv().await {
                 for order in orders {
                     task.carry_out(order).await;
                 }
+                left.fetch_sub(1, Ordering::Release);
             }
         });
-        Mover { orders, outcomes }
+        Mover { orders, waiting, outcomes }
     }
 
-    /// Whether it takes an order.
+    /// Whether it has carried out all that it was told.
     pub fn is_free(&self) -> bool {
-        self.orders.capacity() > 0
+        self.waiting.load(Ordering::Acquire) == 0
     }
 
-    /// Gives an order. One that can't be taken has failed.
+    /// Gives an order.
     pub fn order(&self, orders: Vec<Order>) {
-        if let Err(error) = self.orders.try_send(orders) {
-            for order in error.into_inner() {
-                for chunk in order.promote {
-                    self.outcomes.tell(&order.seat, chunk, Outcome::Failed);
-                }
-            }
-        }
+        self.waiting.fetch_add(1, Ordering::Relaxed);
+        // The task is there as long as this is.
+        let _ = self.orders.send(orders);
     }
 
     /// What became of orders since this was asked last.
@@ -151,6 +156,11 @@ impl Task {
         if let Some(cache) = seat.view.cache() {
             evict.iter().for_each(|chunk| cache.withdraw(*chunk));
             self.sweep(&seat, cache).await;
+        }
+        // What is not there, because it was dropped meanwhile or the cache given up, is gone, too.
+        let holds = |chunk| seat.view.cache().is_some_and(|cache| cache.is_stored(chunk));
+        for chunk in evict.into_iter().filter(|chunk| !holds(*chunk)) {
+            self.outcomes.tell(&seat, chunk, Outcome::Gone);
         }
         for chunks in promote.chunks(BATCH) {
             let started = Instant::now();

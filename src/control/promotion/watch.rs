@@ -88,10 +88,14 @@ fn disk(
     let mut disk =
         Disk { name: name.to_string(), dev: Dev::from_stat(at.dev()).to_string(), files: vec![] };
     for (_, digest) in scene.copies.iter().filter(|(on, _)| on == name) {
-        let copy = node.open_copy(&digest.to_string().parse()?)?;
-        if copy.disk != *name {
-            continue;
-        }
+        let copy = match node.open_copy(&digest.to_string().parse()?) {
+            Ok(copy) if copy.disk == *name => copy,
+            Ok(_) => continue,
+            Err(error) => {
+                tracing::warn!(disk = %name, image = %digest, %error, "the probes can't follow it");
+                continue;
+            }
+        };
         match extents_of(&copy.data) {
             Ok(extents) => {
                 let id = files.len() as u64;
