@@ -171,7 +171,7 @@ fn parse(text: &str) -> BTreeMap<String, Metric> {
         }
         assert!(unit.is_empty() || !kind.is_empty());
         let seconds = name.ends_with("_seconds") || name.ends_with("_bytes");
-        assert!(line.starts_with("# ") || seconds != unit.is_empty(), "{name} without its unit");
+        assert!(line.starts_with("# ") || seconds != unit.is_empty(), "{name} and its unit");
     }
     metrics
 }
