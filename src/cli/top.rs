@@ -153,7 +153,7 @@ fn cache(cache: &CacheView) -> Vec<String> {
 
 fn chunk(chunk: &HotChunk) -> Vec<String> {
     vec![
-        chunk.image.clone(),
+        out::plain(&chunk.image),
         chunk.chunk.to_string(),
         chunk.disk.to_string(),
         chunk.copy_reads.to_string(),
@@ -296,7 +296,7 @@ mod tests {
         let mut terminal = Terminal::new(TestBackend::new(80, 24)).unwrap();
         terminal.draw(|frame| show(frame, &activity())).unwrap();
         let shown = terminal.backend().to_string();
-        for word in ["20.1 ms", "120/3", "12.0 ms", "4 µs", "300.0 MiB", "5000", "310 ns", "100.5"]
+        for word in ["20.1 ms", "120/3", "12.0 ms", "4 µs", "300 MiB", "5000", "310 ns", "100.5"]
         {
             assert!(shown.contains(word), "{word} is not in\n{shown}");
         }
