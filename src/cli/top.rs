@@ -296,8 +296,7 @@ mod tests {
         let mut terminal = Terminal::new(TestBackend::new(80, 24)).unwrap();
         terminal.draw(|frame| show(frame, &activity())).unwrap();
         let shown = terminal.backend().to_string();
-        for word in ["20.1 ms", "120/3", "12.0 ms", "4 µs", "300 MiB", "5000", "310 ns", "100.5"]
-        {
+        for word in ["20.1 ms", "120/3", "12.0 ms", "4 µs", "300 MiB", "5000", "310 ns", "100.5"] {
             assert!(shown.contains(word), "{word} is not in\n{shown}");
         }
         assert!(!shown.contains('\u{1b}'));
