@@ -20,7 +20,7 @@ pub struct BaseImage<I: Io> {
     data: I::File,
     size: u64,
     rotational: bool,
-    chunks: Box<[Content]>,
+    chunks: Contents,
 }
 
 /// What is known of a chunk's content.
@@ -30,6 +30,41 @@ pub struct Content {
     pub zeros: u64,
     /// Its CRC-32.
     pub crc: u32,
+}
+
+/// Chunks whose contents share a page.
+const PER_PAGE: u64 = 128;
+
+/// What is known of all chunks. A page of zeros is nothing at all: a sparse terabyte costs 512 KiB.
+struct Contents(Box<[Option<Box<[Content]>>]>);
+
+impl Contents {
+    /// Of all chunks in order, and how many there are.
+    fn of(chunks: impl IntoIterator<Item = Content>) -> (Contents, u64) {
+        let (mut pages, mut page, mut count) = (Vec::new(), Vec::new(), 0);
+        let mut close = |page: &mut Vec<Content>| {
+            let zero = page.iter().all(|content| content.zeros == u64::MAX);
+            pages.push((!zero).then(|| page.as_slice().into()));
+            page.clear();
+        };
+        for content in chunks {
+            page.push(content);
+            count += 1;
+            if page.len() as u64 == PER_PAGE {
+                close(&mut page);
+            }
+        }
+        if !page.is_empty() {
+            close(&mut page);
+        }
+        (Contents(pages.into()), count)
+    }
+
+    /// What is known of a chunk; `None` if it is zeros, or past the end.
+    fn get(&self, chunk: u64) -> Option<&Content> {
+        let page = self.0.get((chunk / PER_PAGE) as usize)?.as_ref()?;
+        page.get((chunk % PER_PAGE) as usize).filter(|content| content.zeros != u64::MAX)
+    }
 }
 
 impl<I: Io> BaseImage<I> {
@@ -43,11 +78,12 @@ impl<I: Io> BaseImage<I> {
         disk: impl Into<String>,
         data: I::File,
         size: u64,
-        chunks: Box<[Content]>,
+        chunks: impl IntoIterator<Item = Content>,
     ) -> Result<BaseImage<I>> {
         let name = name.into();
-        if units::chunks(size) != chunks.len() as u64 {
-            let what = format!("image {name}: {} chunks in {size} bytes", chunks.len());
+        let (chunks, count) = Contents::of(chunks);
+        if units::chunks(size) != count {
+            let what = format!("image {name}: {count} chunks in {size} bytes");
             return Err(Error::new(Kind::Corrupt, what));
         }
         Ok(BaseImage { name, disk: disk.into(), data, size, rotational: false, chunks })
@@ -67,13 +103,12 @@ impl<I: Io> BaseImage<I> {
 
     /// Whether a chunk is known to be all zeros; so is all that lies past the end.
     pub fn is_zero_chunk(&self, chunk: Chunk) -> bool {
-        let content = usize::try_from(chunk.0).ok().and_then(|number| self.chunks.get(number));
-        content.is_none_or(|content| content.zeros == u64::MAX)
+        self.chunks.get(chunk.0).is_none()
     }
 
-    /// The CRC-32 that a chunk's content must have; `None` past the end.
+    /// The CRC-32 that a chunk's content must have; `None` if it is zeros, or past the end.
     pub fn crc(&self, chunk: Chunk) -> Option<u32> {
-        Some(self.chunks.get(usize::try_from(chunk.0).ok()?)?.crc)
+        Some(self.chunks.get(chunk.0)?.crc)
     }
 
     /// Whether every block that the range touches is known to be zeros.
@@ -89,7 +124,7 @@ impl<I: Io> Base<I> for BaseImage<I> {
     }
 
     fn is_zero(&self, block: Block) -> bool {
-        let chunk = self.chunks.get((block.0 / BLOCKS_PER_CHUNK) as usize);
+        let chunk = self.chunks.get(block.0 / BLOCKS_PER_CHUNK);
         chunk.is_none_or(|chunk| chunk.zeros >> (block.0 % BLOCKS_PER_CHUNK) & 1 == 1)
     }
 
@@ -99,9 +134,9 @@ impl<I: Io> Base<I> for BaseImage<I> {
         let mut block = blocks.start;
         while block < blocks.end && self.is_zero(Block(block)) == zero {
             // A chunk that is all of a kind is one step.
-            let chunk = self.chunks.get((block / BLOCKS_PER_CHUNK) as usize);
-            let unit =
-                if chunk.is_some_and(|chunk| chunk.zeros == same) { BLOCKS_PER_CHUNK } else { 1 };
+            let chunk = self.chunks.get(block / BLOCKS_PER_CHUNK);
+            let zeros = chunk.map_or(u64::MAX, |chunk| chunk.zeros);
+            let unit = if zeros == same { BLOCKS_PER_CHUNK } else { 1 };
             block = round_down(block, unit) + unit;
         }
         (zero, block.min(blocks.end))

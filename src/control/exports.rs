@@ -448,7 +448,6 @@ fn open_base(node: &Node, digest: Digest, caching: Caching) -> Result<Base> {
         let content = |sum: ChunkSum| Content { zeros: sum.zeros, crc: sum.crc };
         table.sum(Chunk(chunk)).map_or(Content { zeros: u64::MAX, crc: 0 }, content)
     });
-    let chunks: Box<[Content]> = chunks.collect();
     let data = opened(caching, &|flags| match flags.is_empty() {
         true => copy.data.try_clone().context(|| format!("image {digest}")),
         false => copy.reopen_data(flags),
