@@ -5,7 +5,7 @@
 //!                     connections   paths         the node       │
 //!                                    │            │              └─> catalog, cow, blockdev::nbd
 //!                                    └─> job.rs   ├─> work.rs (imports, verifications)
-//!                                      long work  └─> metrics.rs
+//!                                      long work  └─> metrics
 //! api.rs, event.rs    what goes over the wire, on both sides
 //! config.rs, paths.rs, socket.rs      how and where it runs
 //! ```
