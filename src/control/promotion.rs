@@ -69,6 +69,8 @@ struct State {
     disks: Vec<DiskStatus>,
     /// A look at the disks that is under way.
     looking: Option<JoinHandle<Result<Look>>>,
+    /// What that look will bring is older than what is known by now.
+    outdated: bool,
     plans: BTreeMap<Name, Plan>,
     images: Images,
     signals: Signals<Name>,
@@ -118,6 +120,7 @@ impl Promotion {
             state: Mutex::new(State {
                 disks: Vec::new(),
                 looking: None,
+                outdated: false,
                 plans: BTreeMap::new(),
                 images: Images::default(),
                 signals: Signals::default(),
@@ -163,6 +166,9 @@ impl Promotion {
                 .then(|| Watched::of(&node, scene, watched.watch.generation + 1));
             Ok(Look { disks: node.disks(), changed })
         })));
+        if std::mem::take(&mut state.outdated) {
+            return;
+        }
         if let Some(look) = found {
             state.disks = look.disks;
             if let Some(changed) = look.changed {

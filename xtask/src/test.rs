@@ -65,7 +65,7 @@ pub fn rigs(report: &mut Report) -> Result<()> {
     kill::run(&lab, Against::Underlay, 1, report);
     savings::run(&lab, report);
     probes::run(&lab, report);
-    promotion::run(&lab, None, report);
+    promotion::run_untimed(&lab, report);
     hostile::run(&lab, 1, report);
     sick::run(&lab, report);
     vm::run(&lab, &vm::Options::everything(), report);

@@ -191,6 +191,7 @@ impl Promotion {
         if !state.plans.contains_key(disk) {
             state.disks.retain(|other| other.name != *disk);
             state.disks.push(known);
+            state.outdated = true;
             self.plan(&mut state)?;
         }
         Ok(id)
