@@ -194,7 +194,9 @@ impl Guest {
     /// Starts the daemon with its state and log in `dir`, which may be on a disk and hold those of
     /// an earlier one.
     pub fn daemon_in(&self, dir: &Path, settings: &str) -> Result<Daemon> {
-        Daemon::start(&self.lab, dir, self.test.name, Profile::Release, settings)
+        // No promotion: what is read from a disk that fails must come from that disk.
+        let settings = format!("cache_percent = 0\nprobes = false\n{settings}");
+        Daemon::start(&self.lab, dir, self.test.name, Profile::Release, &settings)
     }
 
     fn say(&self, event: &Event) -> Result<()> {
