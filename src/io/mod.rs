@@ -20,12 +20,13 @@ pub mod signal;
 pub mod sim;
 pub mod sys;
 mod task;
+mod timers;
 
 pub use buf::Buf;
 pub use ring::{Ring, RingFile};
 pub use rings::Rings;
 
-use std::{future::Future, io::Result, ops::Range};
+use std::{future::Future, io::Result, ops::Range, time::Duration};
 
 /// Operations on open files, awaited on the thread that asked.
 ///
@@ -66,6 +67,9 @@ pub trait Io: Clone + 'static {
     fn prefetch(&self, _file: &Self::File, _range: Range<u64>) -> impl Future<Output = Result<()>> {
         std::future::ready(Ok(()))
     }
+
+    /// Waits for `time`, or a little longer. Dropping it forgets it.
+    fn sleep(&self, time: Duration) -> impl Future<Output = ()>;
 
     /// The next range at or after `offset` that may hold anything but zeros; `None` when the rest
     /// of the file is a hole. A hint for skipping holes that are known to read as zeros.

@@ -37,6 +37,7 @@ use super::{
     buf::{POOL, Pool},
     poll::Poll as Polling,
     task::{Inbox, Tasks},
+    timers::{Sleep, Timers},
 };
 
 /// Entries of the submission queue; the completion queue has twice as many.
@@ -107,6 +108,7 @@ struct Inner {
     /// Numbers of the table of buffers under which nothing is lent.
     loans: RefCell<Vec<u16>>,
     polling: Polling,
+    timers: Timers,
     /// Operations on files that the kernel has not completed.
     disk_ops: Cell<usize>,
 }
@@ -169,6 +171,7 @@ impl Ring {
             mail_armed: Cell::new(false),
             loans: RefCell::new(loans),
             polling: Polling::new(poll),
+            timers: Timers::default(),
             disk_ops: Cell::new(0),
         })))
     }
@@ -205,12 +208,24 @@ impl Ring {
             self.enter(usize::from(idle))?;
             inner.inbox.awake();
             self.reap();
+            inner.timers.wake();
         }
     }
 
-    /// Submits what has gathered and waits for so many completions.
+    /// Submits what has gathered and waits for so many completions, or until a timer is due.
     fn enter(&self, wait: usize) -> Result<()> {
-        match self.0.uring.borrow().submit_and_wait(wait) {
+        let uring = self.0.uring.borrow();
+        let until = if wait > 0 { self.0.timers.first() } else { None };
+        let entered = match until {
+            None => uring.submit_and_wait(wait),
+            Some(time) => {
+                let time = types::Timespec::from(time);
+                let args = types::SubmitArgs::new().timespec(&time);
+                uring.submitter().submit_with_args(wait, &args)
+            }
+        };
+        match entered {
+            Err(error) if error.raw_os_error() == Some(libc::ETIME) => Ok(()),
             Err(error) => for_now(error),
             Ok(_) => Ok(()),
         }
@@ -529,6 +544,10 @@ impl Io for Ring {
             .offset(range.start)
             .build();
         self.file_op(entry, file).await
+    }
+
+    async fn sleep(&self, time: Duration) {
+        Sleep::new(&self.0.timers, time).await;
     }
 
     async fn data_after(&self, file: &RingFile, offset: u64) -> Result<Option<Range<u64>>> {

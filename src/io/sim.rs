@@ -25,6 +25,7 @@ use std::{
     pin::Pin,
     rc::Rc,
     task::{Context, Poll, Waker},
+    time::Duration,
 };
 
 pub use disk::Cut;
@@ -85,11 +86,15 @@ struct Operation {
 enum Kind {
     Read(Buf, u64),
     Write(Buf, u64),
-    Sync { seen: u64 },
+    Sync {
+        seen: u64,
+    },
     Punch(Range<u64>),
     Zero(Range<u64>),
     SetLen(u64),
     DataAfter(u64),
+    /// Time passes as the seed wants it to: a sleep may end before or after anything else.
+    Sleep,
 }
 
 impl Kind {
@@ -126,6 +131,16 @@ impl Sim {
     /// From now on, how often operations fail.
     pub fn set_faults(&self, faults: Faults) {
         self.0.borrow_mut().faults = faults;
+    }
+
+    /// From now on, so many in 1,024 reads of this file fail with EIO, besides those of [`Sim::set_faults`].
+    pub fn set_read_faults(&self, file: SimFile, rate: u32) {
+        self.0.borrow_mut().files[file.0].read_faults = rate;
+    }
+
+    /// From now on, operations on this file don't end; or do again, those under way too.
+    pub fn set_hung(&self, file: SimFile, hung: bool) {
+        self.0.borrow_mut().files[file.0].hung = hung;
     }
 
     /// From now on, the file lies.
@@ -196,6 +211,15 @@ impl Sim {
 }
 
 impl World {
+    /// The operations that may end now, as places in those in flight.
+    fn completable(&self) -> impl Iterator<Item = usize> {
+        let hangs = |operation: &Operation| {
+            !matches!(operation.kind, Kind::Sleep) && self.files[operation.file].hung
+        };
+        let all = self.in_flight.iter().enumerate();
+        all.filter(move |(_, operation)| !hangs(operation)).map(|(index, _)| index)
+    }
+
     /// Completes the operation at `index` of those in flight.
     fn complete(&mut self, index: usize) {
         let operation = self.in_flight.swap_remove(index);
@@ -207,10 +231,14 @@ impl World {
     }
 
     fn perform(&mut self, index: usize, kind: &Kind) -> Outcome {
+        if let Kind::Sleep = kind {
+            return Ok(None);
+        }
         let (file, rng) = (&mut self.files[index], &mut self.rng);
         file.check(kind)?;
         let rate = match kind {
-            Kind::Read(..) | Kind::DataAfter(_) => self.faults.read,
+            Kind::Read(..) => self.faults.read.max(file.read_faults),
+            Kind::DataAfter(_) => self.faults.read,
             Kind::Sync { .. } => self.faults.sync,
             _ => self.faults.write,
         };
@@ -232,7 +260,7 @@ impl World {
             Kind::Write(..) | Kind::Punch(_) | Kind::Zero(_) => {
                 file.change(kind, self.clock, |_| !fails || rng.bool());
             }
-            Kind::Read(..) | Kind::DataAfter(_) | Kind::SetLen(_) => {}
+            Kind::Read(..) | Kind::DataAfter(_) | Kind::SetLen(_) | Kind::Sleep => {}
         }
         match fails {
             false => Ok(None),
@@ -248,6 +276,9 @@ impl World {
         let mut operations = std::mem::take(&mut self.in_flight);
         self.rng.shuffle(&mut operations);
         for Operation { file, kind, .. } in operations {
+            if let Kind::Sleep = kind {
+                continue;
+            }
             let file = &mut self.files[file];
             if file.check(&kind).is_ok() {
                 self.clock += 1;
@@ -344,6 +375,11 @@ impl Io for Sim {
 
     async fn set_len(&self, file: &SimFile, len: u64) -> Result<()> {
         self.submit(file, Kind::SetLen(len)).await.map(drop)
+    }
+
+    async fn sleep(&self, _: Duration) {
+        // It takes effect on no file, and can't fail.
+        let _ = self.submit(&SimFile(0), Kind::Sleep).await;
     }
 
     async fn data_after(&self, file: &SimFile, offset: u64) -> Result<Option<Range<u64>>> {

@@ -59,6 +59,8 @@ pub(super) struct File {
     pub(super) align: u64,
     pub(super) lie: Option<Lie>,
     pub(super) torn_sectors: bool,
+    pub(super) read_faults: u32,
+    pub(super) hung: bool,
     sectors: BTreeMap<u64, Sector>,
     /// Sectors that have versions.
     unsynced: BTreeSet<u64>,
@@ -73,6 +75,8 @@ impl File {
             align,
             lie: None,
             torn_sectors: false,
+            read_faults: 0,
+            hung: false,
             sectors: BTreeMap::new(),
             unsynced: BTreeSet::new(),
             durable_len: len.max(content.len() as u64),

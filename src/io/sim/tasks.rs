@@ -59,7 +59,7 @@ impl Sim {
             let next = {
                 let mut ready = ready.lock().unwrap_or_else(PoisonError::into_inner);
                 let mut world = self.0.borrow_mut();
-                let idle = world.in_flight.is_empty();
+                let idle = world.completable().next().is_none();
                 match ready.len() {
                     0 if idle && tasks.iter().all(Option::is_none) => return End::Done(completed),
                     0 if idle => return End::Stuck,
@@ -75,8 +75,9 @@ impl Sim {
                     return End::Stopped;
                 }
                 let mut world = self.0.borrow_mut();
-                let count = world.in_flight.len();
+                let count = world.completable().count();
                 let chosen = world.rng.usize(0..count);
+                let chosen = world.completable().nth(chosen).expect("one of those counted");
                 world.complete(chosen);
                 completed += 1;
                 continue;
