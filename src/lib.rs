@@ -10,13 +10,13 @@
 //!    |
 //! blockdev, image       front ends (NBD) over one Device contract; import and verification
 //!    |
-//! promote               what moves to whom, and the caches that it moves to
+//! promote, source       what moves to whom, and the caches that it moves to; the copies of an image
 //!    |
 //! catalog, cow          what is on the disks; overlays
 //!    |
 //! io                    the seam to the kernel: the Io trait, the ring, the simulated disk
 //!    |
-//! error, histogram, units   words that all of them share
+//! error, histogram, pages, units   words that all of them share
 //! ```
 //!
 //! Invariants between the modules:
@@ -35,7 +35,9 @@ pub mod error;
 pub mod histogram;
 pub mod image;
 pub mod io;
+pub mod pages;
 pub mod promote;
+pub mod source;
 pub mod units;
 
 pub use error::{Error, Kind, Result};

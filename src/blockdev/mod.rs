@@ -9,7 +9,7 @@ pub mod nbd;
 pub mod replica;
 pub mod ublk;
 
-pub use base::{BaseImage, Content};
+pub use base::BaseImage;
 pub use device::{Device, Extent, Info, Provision};
 pub use figures::Figures;
 pub use replica::Replica;

@@ -10,7 +10,10 @@ use std::{
     ffi::{OsStr, OsString},
     fs::{File, TryLockError},
     path::Path,
-    sync::Arc,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
 };
 
 use nix::fcntl::OFlag;
@@ -40,6 +43,9 @@ pub(crate) const CHUNKS: &str = "chunks";
 pub(crate) const MAP: &str = "map";
 pub(crate) const REFS: &str = "refs";
 
+/// Counts the openings of disks.
+static OPENED: AtomicU64 = AtomicU64::new(0);
+
 /// A disk, open and locked.
 #[derive(Debug)]
 pub(crate) struct Disk {
@@ -49,6 +55,8 @@ pub(crate) struct Disk {
     pub images: Dir,
     pub replicas: Dir,
     pub media: Media,
+    /// Which opening of a disk this is, by this process' count.
+    pub opened: u64,
     _lock: Option<File>,
 }
 
@@ -118,6 +126,7 @@ impl Disk {
             images: home.open(IMAGES)?,
             replicas: home.open(REPLICAS)?,
             media: Media::of(path),
+            opened: OPENED.fetch_add(1, Ordering::Relaxed),
             home,
             _lock: lock,
         })
@@ -141,6 +150,7 @@ impl Disk {
             images: home.open(IMAGES)?,
             replicas: home.open(REPLICAS)?,
             media: Media::of(path),
+            opened: OPENED.fetch_add(1, Ordering::Relaxed),
             home,
             _lock: lock,
         };

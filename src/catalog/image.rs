@@ -4,7 +4,7 @@
 //! - An image goes only when nothing stands on it, as far as any disk that is there can tell.
 //! - A copy that goes is renamed out of sight first: it is there whole, or not at all.
 
-use std::{fs::File, path::PathBuf, sync::Arc};
+use std::{fs::File, os::unix::fs::MetadataExt, path::PathBuf, sync::Arc};
 
 use nix::fcntl::OFlag;
 use serde::{Deserialize, Serialize};
@@ -12,13 +12,13 @@ use uuid::Uuid;
 
 use super::{
     claims::{Mode, Object},
-    dir::Dir,
+    dir::{Dir, FILE_MODE, SEALED_MODE},
     disk::{CHUNKS, DATA, Disk, IMAGE_JSON},
     name::{Digest, Name},
     node::Node,
     record::{self, ImageRecord, NAMES_MAX},
     scan::{self, DELETING},
-    status::{ImageUser, UserState},
+    status::{CopyState, ImageUser, UserState},
     view::{Copy, Image, listed},
 };
 use crate::error::{Context, Error, Kind, Result};
@@ -38,7 +38,25 @@ pub struct OpenCopy {
     pub chunks: File,
     /// Where the content is, for messages.
     pub path: PathBuf,
+    /// Which copy it is of those that were there in the course of time.
+    pub incarnation: Incarnation,
     dir: Dir,
+}
+
+/// Tells a copy from another of the same image that was or comes in its place.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Incarnation {
+    /// When its disk was opened, by this process' own count.
+    opened: u64,
+    /// The number of its content's file.
+    inode: u64,
+}
+
+impl Incarnation {
+    /// As numbers.
+    pub fn numbers(self) -> (u64, u64) {
+        (self.opened, self.inode)
+    }
 }
 
 impl OpenCopy {
@@ -61,35 +79,77 @@ pub enum Unnamed {
 impl Node {
     /// Opens a copy of the image of this name or digest for reading: the first that serves.
     pub fn open_copy(&self, image: &Name) -> Result<OpenCopy> {
-        let (digest, size, disk, disk_name) = {
+        let (digest, disk) = {
             let view = self.0.view();
             let (digest, found) = view.image(image)?;
             let Some(copy) = found.ready() else { return Err(no_copy(image, found)) };
             let slot = view.slot(copy.disk);
-            let disk = slot.and_then(|slot| slot.here().cloned());
-            let name = slot.map_or_else(Name::unknown, |slot| slot.known.name.clone());
-            (digest, copy.found.record.size, disk, name)
+            (digest, slot.map_or_else(Name::unknown, |slot| slot.known.name.clone()))
         };
-        let gone = || Error::new(Kind::Unavailable, format!("disk {disk_name} is gone"));
-        let disk = disk.ok_or_else(gone)?;
-        let open = || -> Result<OpenCopy> {
-            let dir = disk.copy(digest)?;
-            let data = dir.file(DATA, OFlag::O_RDONLY)?;
-            let path = dir.path().join(DATA);
-            let len = data.metadata().context(|| format!("looking at {}", path.display()))?.len();
-            if len != size {
-                return Err(Error::new(
-                    Kind::Corrupt,
-                    format!(
-                        "{} has {len} bytes instead of {size}: import the image again",
-                        path.display()
-                    ),
-                ));
-            }
-            let chunks = dir.file(CHUNKS, OFlag::O_RDONLY)?;
-            Ok(OpenCopy { digest, size, disk: disk_name.clone(), data, chunks, path, dir })
-        };
-        open().map_err(|error| error.within(format!("image {image}")))
+        self.open_copy_on(digest, &disk).map_err(|error| error.within(format!("image {image}")))
+    }
+
+    /// The copies of an image that serve: on which disk, and which one there. No I/O.
+    pub fn ready_copies(&self, digest: Digest) -> Vec<(Name, Incarnation)> {
+        let view = self.0.view();
+        let Some(image) = view.images.get(&digest) else { return Vec::new() };
+        let ready = image.copies.iter().filter(|copy| copy.state() == CopyState::Ready);
+        let named = ready.filter_map(|copy| {
+            let slot = view.slot(copy.disk)?;
+            let opened = slot.here()?.opened;
+            Some((slot.known.name.clone(), Incarnation { opened, inode: copy.found.inode }))
+        });
+        named.collect()
+    }
+
+    /// Opens the copy of an image on a disk.
+    pub fn open_copy_on(&self, digest: Digest, disk: &Name) -> Result<OpenCopy> {
+        let (home, size) = self.copy_on(digest, disk)?;
+        let dir = home.copy(digest)?;
+        let data = dir.file(DATA, OFlag::O_RDONLY)?;
+        let path = dir.path().join(DATA);
+        let meta = data.metadata().context(|| format!("looking at {}", path.display()))?;
+        if meta.len() != size {
+            return Err(Error::new(
+                Kind::Corrupt,
+                format!(
+                    "{} has {} bytes instead of {size}: import the image again",
+                    path.display(),
+                    meta.len()
+                ),
+            ));
+        }
+        let incarnation = Incarnation { opened: home.opened, inode: meta.ino() };
+        let chunks = dir.file(CHUNKS, OFlag::O_RDONLY)?;
+        Ok(OpenCopy { digest, size, disk: disk.clone(), data, chunks, path, incarnation, dir })
+    }
+
+    /// Opens the content of the copy of an image on a disk for writing, to mend what is damaged. The file
+    /// stays sealed for everybody else.
+    pub fn mend_copy_on(&self, digest: Digest, disk: &Name) -> Result<File> {
+        let (home, _) = self.copy_on(digest, disk)?;
+        home.check_writable()?;
+        let dir = home.copy(digest)?;
+        dir.set_mode(DATA, FILE_MODE)?;
+        let file = dir.file(DATA, OFlag::O_RDWR);
+        dir.set_mode(DATA, SEALED_MODE)?;
+        file
+    }
+
+    /// How many requests the queues below a disk take at least, as far as the kernel tells.
+    pub fn queue_depth(&self, disk: &Name) -> Option<usize> {
+        self.0.view().disk(disk).ok()?.here()?.media.depth
+    }
+
+    /// The disk of this name, and the size of the image that it has a copy of.
+    fn copy_on(&self, digest: Digest, disk: &Name) -> Result<(Arc<Disk>, u64)> {
+        let view = self.0.view();
+        let slot = view.disk(disk)?;
+        let home = slot.usable()?.clone();
+        let image = view.images.get(&digest);
+        let copy = image.and_then(|image| image.copies.iter().find(|copy| copy.disk == home.id));
+        let none = || Error::new(Kind::NotFound, format!("disk {disk} has no copy of it"));
+        Ok((home, copy.ok_or_else(none)?.found.record.size))
     }
 
     /// Takes a name from an image; with its last name the image goes. One that is in use keeps its

@@ -47,6 +47,8 @@ const DEPTH_MAX: usize = 8;
 pub(crate) struct Media {
     /// The slowest of the devices; `None` where there is none (tmpfs, a network).
     pub tier: Option<Tier>,
+    /// Requests that the least of their queues takes; `None` where there is none.
+    pub depth: Option<usize>,
     /// Kernel names of the devices at the bottom of the stack; partitions stand for their disk.
     devices: BTreeSet<String>,
     /// The file system's device number: one file system is one failure domain in any case.
@@ -67,7 +69,7 @@ impl Media {
     }
 
     fn find(sys: &Path, mounts: &[u8], path: &Path, dev: u64) -> Media {
-        let mut media = Media { tier: None, devices: BTreeSet::new(), dev };
+        let mut media = Media { tier: None, depth: None, devices: BTreeSet::new(), dev };
         // Btrfs and its like give a file system a number that no device has: the mount knows.
         let found = block_device(sys, dev).or_else(|| {
             let source = mount_source(mounts, path)?;
@@ -104,6 +106,10 @@ impl Media {
             _ => Tier::Ssd,
         };
         self.tier = self.tier.max(Some(tier));
+        let depth = fs::read_to_string(whole.join("queue/nr_requests"));
+        if let Ok(depth) = depth.unwrap_or_default().trim().parse::<usize>() {
+            self.depth = Some(self.depth.map_or(depth, |least| least.min(depth)));
+        }
         self.devices.insert(name.to_owned());
     }
 }

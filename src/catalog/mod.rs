@@ -60,7 +60,7 @@ pub use cache::{CacheShape, OpenCache};
 pub use disk::HOME;
 pub use disks::{DiskOptions, Forgotten, Placement};
 pub use fsck::Repair;
-pub use image::{OpenCopy, Unnamed};
+pub use image::{Incarnation, OpenCopy, Unnamed};
 pub use media::Tier;
 pub use name::{Digest, NAME_MAX, Name};
 pub use node::Node;

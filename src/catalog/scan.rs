@@ -57,6 +57,8 @@ pub(crate) struct Contents {
 pub(crate) struct CopyFound {
     pub record: ImageRecord,
     pub stored: u64,
+    /// The number of its content's file; 0 if that is not there.
+    pub inode: u64,
     /// Why it can't serve.
     pub fault: Option<String>,
     pub refs: BTreeMap<Uuid, Reference>,
@@ -208,8 +210,9 @@ impl Scan<'_> {
         if let Some(fault) = &fault {
             self.find(dir.path().display(), fault.clone(), "import the image again", None);
         }
+        let inode = data.as_ref().map_or(0, |stat| stat.st_ino);
         let stored = [data, chunks].iter().flatten().map(allocated).sum();
-        Ok(Some(CopyFound { record, stored, fault, refs }))
+        Ok(Some(CopyFound { record, stored, inode, fault, refs }))
     }
 
     fn refs(&mut self, copy: &Dir, digest: &str) -> Result<BTreeMap<Uuid, Reference>> {

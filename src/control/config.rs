@@ -10,6 +10,7 @@ use serde::Deserialize;
 use crate::{
     control::paths::Paths,
     error::{Context, Error, Kind, Result},
+    source::Verify,
 };
 
 /// Bytes a configuration file may have.
@@ -40,6 +41,10 @@ pub struct Config {
     pub image_io: Caching,
     /// Whether overlays go through the page cache.
     pub overlay_io: Caching,
+    /// When chunks of images are compared with their sums as they are read.
+    pub verify_reads: Verify,
+    /// Seconds that a disk has to answer well before it is believed to be.
+    pub clean_seconds: u64,
     /// Percent of each disk that promoted chunks may take, unless the disk says otherwise; 0: none.
     pub cache_percent: u64,
     /// MiB a second that promotion may write to each disk.
@@ -74,6 +79,8 @@ struct File {
     poll_us: Option<u64>,
     image_io: Option<Caching>,
     overlay_io: Option<Caching>,
+    verify_reads: Option<Verify>,
+    clean_seconds: Option<u64>,
     cache_percent: Option<u64>,
     promote_mib: Option<u64>,
     probes: Option<bool>,
@@ -94,6 +101,8 @@ impl Config {
             poll_us: 400,
             image_io: Caching::Cached,
             overlay_io: Caching::Direct,
+            verify_reads: Verify::First,
+            clean_seconds: 60,
             cache_percent: 5,
             promote_mib: 64,
             probes: true,
@@ -137,6 +146,8 @@ impl Config {
             poll_us: file.poll_us.unwrap_or(default.poll_us),
             image_io: file.image_io.unwrap_or(default.image_io),
             overlay_io: file.overlay_io.unwrap_or(default.overlay_io),
+            verify_reads: file.verify_reads.unwrap_or(default.verify_reads),
+            clean_seconds: file.clean_seconds.unwrap_or(default.clean_seconds),
             cache_percent: file.cache_percent.unwrap_or(default.cache_percent),
             promote_mib: file.promote_mib.unwrap_or(default.promote_mib),
             probes: file.probes.unwrap_or(default.probes),
@@ -159,6 +170,9 @@ impl Config {
                 Kind::Invalid,
                 "threads is at most 1024, poll_us at most 100000 and stop_seconds at most 3600",
             ));
+        }
+        if config.clean_seconds > 86_400 {
+            return Err(Error::new(Kind::Invalid, "clean_seconds is at most 86400"));
         }
         if config.cache_percent > 90 || !(1..=1 << 20).contains(&config.promote_mib) {
             let what = "cache_percent is at most 90, promote_mib from 1 to 1048576";

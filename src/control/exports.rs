@@ -14,7 +14,7 @@ use std::{
     fs::TryLockError,
     future::Future,
     pin::Pin,
-    sync::{Arc, Mutex, MutexGuard, PoisonError, Weak},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::{Duration, Instant},
 };
 
@@ -23,9 +23,10 @@ use tokio::{sync::Mutex as AsyncMutex, time::timeout};
 use uuid::Uuid;
 
 use crate::{
-    blockdev::{AnyDevice, BaseImage, Content, Export, Figures, Replica, nbd::Exports as Offered},
+    blockdev::{AnyDevice, Export, Figures, Replica, nbd::Exports as Offered},
     catalog::{Digest, Name, Node, Removed, ReplicaStatus, Tier},
     control::{
+        bases::{Bases, opened},
         config::Caching,
         service::blocking,
         tails::Tails,
@@ -33,9 +34,7 @@ use crate::{
     },
     cow::Overlay,
     error::{Context, Error, Kind, Result},
-    image::{ChunkSum, ChunkTable},
     io::{Ring, RingFile, Rings},
-    units::Chunk,
 };
 
 /// How long the files of a replica may be locked by what a former daemon left under way.
@@ -52,22 +51,13 @@ type Slot<T> = Arc<AsyncMutex<T>>;
 pub struct Exports {
     node: Node,
     rings: Arc<Rings>,
-    caching: Caches,
+    caching: Caching,
     tails: Option<Tails>,
     views: Arc<Views>,
-    bases: Mutex<HashMap<Digest, Slot<Weak<Base>>>>,
+    bases: Arc<Bases>,
     replicas: Mutex<HashMap<Uuid, Slot<Option<Opened>>>>,
     /// By the names of exports, for as long as there is something of that name.
     figures: Mutex<HashMap<String, Arc<Figures>>>,
-}
-
-/// How files are opened.
-#[derive(Clone, Copy, Debug)]
-pub struct Caches {
-    /// Copies of images.
-    pub images: Caching,
-    /// Overlays.
-    pub overlays: Caching,
 }
 
 /// A replica that is open.
@@ -89,16 +79,17 @@ impl Opened {
 }
 
 impl Exports {
-    /// An empty table for `node`, whose devices are served by `rings`.
-    /// Where replicas' tails are kept is `tails`; `views` are of the images that replicas stand on.
+    /// An empty table for `node`, whose devices are served by `rings` and images opened by `bases`; overlays
+    /// go through the page cache if `caching` says so. Where replicas' tails are kept is `tails`; `views` are of the images that replicas stand on.
     pub fn new(
         node: Node,
         rings: Arc<Rings>,
-        caching: Caches,
+        bases: Arc<Bases>,
+        caching: Caching,
         tails: Option<Tails>,
         views: Arc<Views>,
     ) -> Exports {
-        let (bases, replicas, figures) = (Mutex::default(), Mutex::default(), Mutex::default());
+        let (replicas, figures) = (Mutex::default(), Mutex::default());
         Exports { node, rings, caching, tails, views, bases, replicas, figures }
     }
 
@@ -119,24 +110,12 @@ impl Exports {
 
     /// The image of this digest, opened unless it is open.
     pub async fn base(&self, digest: Digest) -> Result<Arc<Base>> {
-        let slot = {
-            let mut bases = locked(&self.bases);
-            // Slots of images that nobody uses any more, and nobody is about to open.
-            bases.retain(|_, slot| {
-                Arc::strong_count(slot) > 1
-                    || slot.try_lock().is_ok_and(|base| base.strong_count() > 0)
-            });
-            bases.entry(digest).or_default().clone()
-        };
-        let mut slot = slot.lock().await;
-        if let Some(base) = slot.upgrade() {
-            return Ok(base);
-        }
-        let (node, caching) = (self.node.clone(), self.caching.images);
-        let base = blocking(move || open_base(&node, digest, caching)).await?;
-        let base = Arc::new(base);
-        *slot = Arc::downgrade(&base);
-        Ok(base)
+        self.bases.base(digest).await
+    }
+
+    /// The images that are open.
+    pub fn bases(&self) -> &Arc<Bases> {
+        &self.bases
     }
 
     /// The replica of this name or id as an export, opened unless it is open.
@@ -290,7 +269,7 @@ impl Exports {
             .base(status.digest)
             .await
             .map_err(|error| error.within(format!("replica {name}")))?;
-        let (node, caching, by) = (self.node.clone(), self.caching.overlays, name.clone());
+        let (node, caching, by) = (self.node.clone(), self.caching, name.clone());
         let files = blocking(move || open_files(&node, &by, caching)).await?;
         let Files { id, data, data_len, map, rotational } = files;
         let tail = match self.tails.clone() {
@@ -431,44 +410,6 @@ fn lock(file: &std::fs::File, name: &Name) -> Result<()> {
                 return Err(Error::io(format!("replica {name}: locking its files"), error));
             }
         }
-    }
-}
-
-fn open_base(node: &Node, digest: Digest, caching: Caching) -> Result<Base> {
-    let by: Name = digest.to_string().parse()?;
-    let copy = node.open_copy(&by)?;
-    let table = ChunkTable::load(&copy.chunks, &format!("the chunk table of image {digest}"))?;
-    if table.digest().0 != digest.0 || table.size() != copy.size {
-        return Err(Error::new(
-            Kind::Corrupt,
-            format!("image {digest}: its chunk table is that of another image; import it again"),
-        ));
-    }
-    let chunks = (0..table.chunks()).map(|chunk| {
-        let content = |sum: ChunkSum| Content { zeros: sum.zeros, crc: sum.crc };
-        table.sum(Chunk(chunk)).map_or(Content { zeros: u64::MAX, crc: 0 }, content)
-    });
-    let data = opened(caching, &|flags| match flags.is_empty() {
-        true => copy.data.try_clone().context(|| format!("image {digest}")),
-        false => copy.reopen_data(flags),
-    })?;
-    let data = RingFile::new(data).context(|| format!("image {digest}: opening its content"))?;
-    let base = BaseImage::new(digest.to_string(), copy.disk.as_str(), data, copy.size, chunks)?;
-    Ok(if turns(node, &copy.disk) { base.on_rotating_disk() } else { base })
-}
-
-/// Opens a file past the page cache if that is wanted and its file system can.
-fn opened(
-    caching: Caching,
-    open: &dyn Fn(OFlag) -> Result<std::fs::File>,
-) -> Result<std::fs::File> {
-    match caching {
-        Caching::Cached => open(OFlag::empty()),
-        Caching::Direct => match open(OFlag::O_DIRECT) {
-            // tmpfs of old and some network file systems.
-            Err(error) if error.kind() == Kind::Io => open(OFlag::empty()),
-            other => other,
-        },
     }
 }
 

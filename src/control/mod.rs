@@ -26,7 +26,9 @@ pub mod service;
 pub mod socket;
 
 mod attachments;
+mod bases;
 mod exports;
+mod health;
 mod job;
 mod metrics;
 mod promotion;

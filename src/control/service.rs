@@ -23,8 +23,10 @@ use crate::{
     control::{
         api::*,
         attachments::{Attachments, Links, Servers},
+        bases::Bases,
         config::Config,
-        exports::{Caches, Exports, IMAGE, REPLICA},
+        exports::{Exports, IMAGE, REPLICA},
+        health::Health,
         job::Jobs,
         metrics::{Metrics, PageFormat, Sources},
         promotion::Promotion,
@@ -48,6 +50,7 @@ pub struct Service {
     exports: Arc<Exports>,
     attachments: Arc<Attachments>,
     promotion: Arc<Promotion>,
+    health: Arc<Health>,
     server: Arc<nbd::Server>,
     metrics: Metrics,
     jobs: Jobs,
@@ -76,11 +79,21 @@ impl Service {
             "starting io_uring (Linux 6.1 or later, and not forbidden to this process: see \
              `underlay doctor`)"
         })?);
-        let caching = Caches { images: config.image_io, overlays: config.overlay_io };
+        let overlays = config.overlay_io;
         let tails = Tails::beside(&config.socket);
         let views: Arc<Views> = Arc::default();
-        let exports =
-            Arc::new(Exports::new(node.clone(), rings.clone(), caching, tails, views.clone()));
+        let bases = Arc::new(Bases::new(config, node.clone(), rings.clone(), views.clone()));
+        let exports = Exports::new(
+            node.clone(),
+            rings.clone(),
+            bases.clone(),
+            overlays,
+            tails,
+            views.clone(),
+        );
+        let exports = Arc::new(exports);
+        let clean = Duration::from_secs(config.clean_seconds);
+        let health = Health::start(node.clone(), bases, rings.clone(), clean);
         let promotion = Promotion::start(config, node.clone(), exports.clone(), views)?;
         let listener = tokio::net::UnixListener::from_std(socket.listener()?)
             .context(|| "listening on the NBD socket")?;
@@ -94,6 +107,7 @@ impl Service {
             exports,
             attachments,
             promotion,
+            health,
             server,
             metrics: Metrics::default(),
             jobs: Jobs::default(),

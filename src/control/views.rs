@@ -71,7 +71,7 @@ impl Seat {
 
     /// The disk of the copy that the replicas read, while any of them is open.
     pub fn copy_disk(&self) -> Option<Name> {
-        self.copy()?.disk().parse().ok()
+        self.copy()?.disk()?.parse().ok()
     }
 
     /// The copy that the replicas read, while any of them is open.

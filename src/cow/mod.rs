@@ -43,6 +43,7 @@ mod zero;
 
 use std::{future::Future, ops::Range, time::Duration};
 
+pub(crate) use locks::{Mode as LockMode, RangeLocks};
 pub(crate) use overlay::run_all;
 pub use overlay::{Overlay, Stats};
 pub use plan::{Plan, Segment, Source};

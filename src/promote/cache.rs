@@ -24,7 +24,7 @@ mod tests;
 
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 
-use super::pages::Pages;
+use crate::pages::Pages;
 use crate::{
     catalog::Digest,
     error::{Context, Error, Kind, Result},

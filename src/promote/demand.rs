@@ -6,7 +6,7 @@ use std::{
     time::Duration,
 };
 
-use super::pages::Pages;
+use crate::pages::Pages;
 use crate::{
     histogram::Histogram,
     units::{self, Chunk},

@@ -32,7 +32,7 @@ pub mod demand;
 pub mod gain;
 pub mod heat;
 pub mod mover;
-mod pages;
+
 pub mod policy;
 pub mod runs;
 pub mod settings;

@@ -318,7 +318,7 @@ fn reads(exports: &Exports, outline: &Outline) -> Vec<Reads> {
     let seats = exports.views().all();
     let told = seats.iter().filter_map(|seat| {
         let image = names.get(&seat.digest).cloned().unwrap_or_else(|| seat.digest.to_string());
-        let open = seat.copy().map(|copy| copy.disk().to_owned());
+        let open = seat.copy().and_then(|copy| copy.disk());
         let from = open.or_else(|| home.get(&seat.digest).cloned())?;
         Some(((image.clone(), seat.disk.to_string()), reads_of(seat, image, from)))
     });

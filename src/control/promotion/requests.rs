@@ -161,7 +161,8 @@ impl Promotion {
         })
         .await?;
         let copy = self.bench.exports.base(digest).await?;
-        if copy.disk() == disk.as_str() {
+        let copies = copy.sources().copies();
+        if copies.iter().any(|copy| copy.disk().name() == disk.as_str()) {
             let what = format!("disk {disk}: image {digest} has its copy there already");
             return Err(Error::new(Kind::Invalid, what));
         }

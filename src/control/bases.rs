@@ -1,0 +1,265 @@
+//! The images that are open, each once, read from every copy that is there.
+//!
+//! Invariant: a lock on an image's slot is held across I/O on disks with copies of it, on no other.
+
+use std::{
+    collections::HashMap,
+    fs::File,
+    future::Future,
+    pin::Pin,
+    sync::{Arc, Mutex, MutexGuard, PoisonError, Weak},
+};
+
+use nix::fcntl::OFlag;
+use tokio::sync::Mutex as AsyncMutex;
+
+use crate::{
+    blockdev::BaseImage,
+    catalog::{Digest, Name, Node, OpenCopy, Tier},
+    control::{
+        config::{Caching, Config},
+        service::blocking,
+        views::{Base, Views},
+    },
+    error::{Context, Error, Kind, Result},
+    image::{ChunkSum, ChunkTable},
+    io::{Ring, RingFile, Rings},
+    source::{Content, Copy, Disk, Rescue, Sources, Verify},
+    units::{self, Chunk},
+};
+
+type Slot = Arc<AsyncMutex<Weak<Base>>>;
+
+/// Requests that a queue takes if the kernel doesn't tell.
+const DEPTH: usize = 64;
+
+/// The table of open images.
+pub struct Bases {
+    node: Node,
+    rings: Arc<Rings>,
+    views: Arc<Views>,
+    caching: Caching,
+    verify: Verify,
+    open: Mutex<HashMap<Digest, Slot>>,
+    disks: Mutex<HashMap<Name, Arc<Disk>>>,
+}
+
+impl Bases {
+    /// None yet, of `node`. What is promoted is seen by `views`.
+    pub fn new(config: &Config, node: Node, rings: Arc<Rings>, views: Arc<Views>) -> Bases {
+        let (caching, verify) = (config.image_io, config.verify_reads);
+        let (open, disks) = Default::default();
+        Bases { node, rings, views, caching, verify, open, disks }
+    }
+
+    /// The image of this digest, opened unless it is open.
+    pub async fn base(self: &Arc<Self>, digest: Digest) -> Result<Arc<Base>> {
+        let slot = {
+            let mut open = locked(&self.open);
+            // Slots of images that nobody uses any more, and nobody is about to open.
+            open.retain(|_, slot| {
+                Arc::strong_count(slot) > 1
+                    || slot.try_lock().is_ok_and(|base| base.strong_count() > 0)
+            });
+            open.entry(digest).or_default().clone()
+        };
+        let mut slot = slot.lock().await;
+        if let Some(base) = slot.upgrade() {
+            return Ok(base);
+        }
+        let own = self.clone();
+        let base = Arc::new(blocking(move || own.open(digest)).await?);
+        *slot = Arc::downgrade(&base);
+        Ok(base)
+    }
+
+    /// All images that are open and not being opened right now.
+    pub fn all(&self) -> Vec<(Digest, Arc<Base>)> {
+        let open = locked(&self.open);
+        let base = |slot: &Slot| slot.try_lock().ok()?.upgrade();
+        open.iter().filter_map(|(digest, slot)| Some((*digest, base(slot)?))).collect()
+    }
+
+    /// The disks that copies were opened on.
+    pub fn disks(&self) -> Vec<Arc<Disk>> {
+        locked(&self.disks).values().cloned().collect()
+    }
+
+    /// The disk of this name, if copies were opened on it.
+    pub fn disk(&self, name: &Name) -> Option<Arc<Disk>> {
+        locked(&self.disks).get(name).cloned()
+    }
+
+    /// Brings the copies that open images are read from in line with those that are there, the better
+    /// ones first. Blocks.
+    pub fn refresh(&self) {
+        for (digest, base) in self.all() {
+            if let Err(error) = self.refresh_one(digest, &base) {
+                tracing::warn!(image = %digest, %error, "looking for its copies");
+            }
+        }
+    }
+
+    fn refresh_one(&self, digest: Digest, base: &Base) -> Result<()> {
+        let sources = base.sources();
+        let there = self.node.ready_copies(digest);
+        let known = sources.copies();
+        let mut copies: Vec<Arc<Copy<Ring>>> = Vec::new();
+        for (disk, incarnation) in &there {
+            let same = |copy: &&Arc<Copy<Ring>>| {
+                copy.disk().name() == disk.as_str() && copy.identity() == incarnation.numbers()
+            };
+            match known.iter().find(same) {
+                Some(copy) => copies.push(copy.clone()),
+                None => match self.open_copy(digest, disk) {
+                    Ok((copy, _)) => copies.push(copy),
+                    Err(error) => tracing::warn!(image = %digest, %disk, %error, "a copy"),
+                },
+            }
+        }
+        if copies.is_empty() {
+            // Those that it had may still answer, from memory at least.
+            return Ok(());
+        }
+        arrange(&mut copies);
+        let as_before = copies.len() == known.len()
+            && copies.iter().zip(known.iter()).all(|(one, other)| Arc::ptr_eq(one, other));
+        if !as_before {
+            sources.set_copies(copies);
+        }
+        Ok(())
+    }
+
+    fn open(self: &Arc<Self>, digest: Digest) -> Result<Base> {
+        let mut failed = None;
+        let (mut copies, mut table) = (Vec::new(), None);
+        for (disk, _) in self.node.ready_copies(digest) {
+            let opened = self.open_copy(digest, &disk).and_then(|(copy, file)| {
+                if table.is_none() {
+                    table = Some(load_table(digest, &file)?);
+                }
+                Ok(copy)
+            });
+            match opened {
+                Ok(copy) => copies.push(copy),
+                Err(error) => {
+                    tracing::warn!(image = %digest, %disk, %error, "a copy can't be used");
+                    failed = Some(error);
+                }
+            }
+        }
+        let Some(table) = table else {
+            let missing = || self.node.open_copy(&digest.to_string().parse()?).map(drop);
+            return Err(failed.map_or_else(
+                || missing().err().unwrap_or_else(|| no_copy(digest)),
+                |error| error.within(format!("image {digest}")),
+            ));
+        };
+        arrange(&mut copies);
+        let rotational = copies.first().is_some_and(|copy| copy.disk().tier() == Some(Tier::Hdd));
+        let chunks = (0..table.chunks()).map(|chunk| {
+            let content = |sum: ChunkSum| Content { zeros: sum.zeros, crc: sum.crc };
+            table.sum(Chunk(chunk)).map_or(Content { zeros: u64::MAX, crc: 0 }, content)
+        });
+        let name = digest.to_string();
+        let sources = Sources::new(name, table.size(), chunks, copies, self.verify)?;
+        let (views, rings) = (self.views.clone(), self.rings.clone());
+        sources.set_rescue(Box::new(Caches { digest, size: table.size(), views, rings }));
+        let base = BaseImage::new(sources);
+        Ok(if rotational { base.on_rotating_disk() } else { base })
+    }
+
+    fn open_copy(&self, digest: Digest, disk: &Name) -> Result<(Arc<Copy<Ring>>, OpenCopy)> {
+        let copy = self.node.open_copy_on(digest, disk)?;
+        let what = || format!("image {digest}: opening its content on disk {disk}");
+        let data = opened(self.caching, &|flags| copy.reopen_data(flags))?;
+        let direct = opened(Caching::Direct, &|flags| copy.reopen_data(flags))?;
+        let data = RingFile::new(data).context(what)?;
+        let direct = RingFile::new(direct).context(what)?;
+        let known = self.known_disk(disk);
+        let chunks = units::chunks(copy.size);
+        let identity = copy.incarnation.numbers();
+        Ok((Arc::new(Copy::new(known, identity, data, direct, chunks)), copy))
+    }
+
+    fn known_disk(&self, name: &Name) -> Arc<Disk> {
+        if let Some(disk) = self.disk(name) {
+            return disk;
+        }
+        let tier = self.node.disk(name).ok().and_then(|disk| disk.tier);
+        let depth = self.node.queue_depth(name).unwrap_or(DEPTH);
+        let made = Arc::new(Disk::new(name.as_str(), tier, depth));
+        locked(&self.disks).entry(name.clone()).or_insert(made).clone()
+    }
+}
+
+/// The copies in the order in which they are to be asked: the faster disk first.
+fn arrange(copies: &mut [Arc<Copy<Ring>>]) {
+    copies.sort_by_key(|copy| {
+        let disk = copy.disk();
+        (disk.trouble().is_some(), disk.tier().unwrap_or(Tier::Ssd))
+    });
+}
+
+fn load_table(digest: Digest, copy: &OpenCopy) -> Result<ChunkTable> {
+    let table = ChunkTable::load(&copy.chunks, &format!("the chunk table of image {digest}"))?;
+    if table.digest().0 != digest.0 || table.size() != copy.size {
+        return Err(Error::new(
+            Kind::Corrupt,
+            format!("image {digest}: its chunk table is that of another image; import it again"),
+        ));
+    }
+    Ok(table)
+}
+
+fn no_copy(digest: Digest) -> Error {
+    Error::new(Kind::Unavailable, format!("image {digest}: no copy of it can be read"))
+}
+
+/// Opens a file past the page cache if that is wanted and its file system can.
+pub(super) fn opened(caching: Caching, open: &dyn Fn(OFlag) -> Result<File>) -> Result<File> {
+    match caching {
+        Caching::Cached => open(OFlag::empty()),
+        Caching::Direct => match open(OFlag::O_DIRECT) {
+            // tmpfs of old and some network file systems.
+            Err(error) if error.kind() == Kind::Io => open(OFlag::empty()),
+            other => other,
+        },
+    }
+}
+
+/// The caches of all disks, as a source of chunks that no copy can give.
+struct Caches {
+    digest: Digest,
+    size: u64,
+    views: Arc<Views>,
+    rings: Arc<Rings>,
+}
+
+impl Rescue for Caches {
+    fn chunk(&self, chunk: Chunk) -> Pin<Box<dyn Future<Output = Option<Vec<u8>>> + Send>> {
+        let seats = self.views.all().into_iter().filter(|seat| seat.digest == self.digest);
+        let views: Vec<_> = seats.map(|seat| seat.view.clone()).collect();
+        let len = self.size.saturating_sub(chunk.offset()).min(units::CHUNK) as usize;
+        let rings = self.rings.clone();
+        Box::pin(async move {
+            let read = rings.run(rings.pick(), move |ring| async move {
+                use crate::io::Io;
+                for cache in views.iter().filter_map(|view| view.cache()) {
+                    let Some(lease) = cache.lease(chunk) else { continue };
+                    let buf = ring.alloc(len);
+                    if cache.read(&ring, lease, chunk.offset(), buf.clone()).await.is_ok() {
+                        return Some(buf.to_vec());
+                    }
+                }
+                None
+            });
+            read.await.flatten()
+        })
+    }
+}
+
+fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    // Nothing here panics half way through a change to a table.
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}

@@ -1,0 +1,274 @@
+//! The disks' health: which are in trouble, and what is mended.
+//!
+//! Once a second: what was read is put before the judge, disks in trouble are tried with a read of their
+//! own, and chunks that were found unsound are written anew from whatever else has them.
+//!
+//! Invariant: nothing here waits for a disk but the tasks that it starts, one trial and one repair a disk
+//! at a time.
+
+use std::{
+    collections::{HashMap, HashSet},
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError, Weak,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::{Duration, Instant},
+};
+
+use tokio::{task::JoinHandle, time::MissedTickBehavior};
+
+use crate::{
+    catalog::{Digest, Name, Node},
+    control::{bases::Bases, service::blocking, views::Base},
+    error::{Error, Kind, Result},
+    histogram::Counts,
+    io::{Ring, RingFile, Rings},
+    promote::demand::FROM_MEMORY,
+    source::{
+        Copy, Disk,
+        judge::{Judge, Seen, Trial, Verdict},
+        repair::Repair,
+    },
+    units::{self, Chunk},
+};
+
+/// How often it is looked.
+const TICK: Duration = Duration::from_secs(1);
+/// Chunks of one copy that are mended in a row, before another copy of the disk has its turn.
+const BATCH: usize = 64;
+/// How long a copy that could not be mended is left alone.
+const PAUSE: Duration = Duration::from_secs(30);
+
+/// The health of a node's disks.
+pub struct Health {
+    node: Node,
+    bases: Arc<Bases>,
+    rings: Arc<Rings>,
+    state: Mutex<State>,
+    repaired: AtomicU64,
+    unrepaired: AtomicU64,
+}
+
+struct State {
+    judge: Judge,
+    ticked: Instant,
+    disks: HashMap<String, Watch>,
+    refreshing: Option<JoinHandle<()>>,
+    /// The disks on which something is being mended.
+    mending: HashSet<String>,
+    /// Copies that could not be mended, and when.
+    hopeless: HashMap<(Digest, String), Instant>,
+}
+
+/// What is known of a disk from tick to tick.
+#[derive(Default)]
+struct Watch {
+    reads: Counts,
+    ended: u64,
+    /// Since when none ended though some were under way.
+    stuck: Option<Instant>,
+    trial: Option<Arc<Mutex<Trial>>>,
+}
+
+impl Health {
+    /// Looks after the disks from now on; one in trouble is well after it has been so for `clean`.
+    pub fn start(node: Node, bases: Arc<Bases>, rings: Arc<Rings>, clean: Duration) -> Arc<Health> {
+        let state = State {
+            judge: Judge::new(clean),
+            ticked: Instant::now(),
+            disks: HashMap::new(),
+            refreshing: None,
+            mending: HashSet::new(),
+            hopeless: HashMap::new(),
+        };
+        let (repaired, unrepaired) = Default::default();
+        let state = Mutex::new(state);
+        let health = Arc::new(Health { node, bases, rings, state, repaired, unrepaired });
+        tokio::spawn(tick_for_ever(Arc::downgrade(&health)));
+        health
+    }
+
+    /// Chunks that were written anew, and those that could not be.
+    pub fn repaired(&self) -> (u64, u64) {
+        let count = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
+        (count(&self.repaired), count(&self.unrepaired))
+    }
+
+    fn tick(self: &Arc<Self>) {
+        let bases = self.bases.all();
+        let disks = self.bases.disks();
+        let mut state = self.state();
+        let took = std::mem::replace(&mut state.ticked, Instant::now()).elapsed();
+        if state.refreshing.as_ref().is_none_or(JoinHandle::is_finished) {
+            let bases = self.bases.clone();
+            let refresh = blocking(move || {
+                bases.refresh();
+                Ok(())
+            });
+            state.refreshing = Some(tokio::spawn(async move { drop(refresh.await) }));
+        }
+        let seen: HashMap<_, _> = disks
+            .iter()
+            .map(|disk| {
+                let watch = state.disks.entry(disk.name().to_owned()).or_default();
+                (disk.name().to_owned(), watch.look(disk))
+            })
+            .collect();
+        for (name, verdict) in state.judge.tick(took, &seen) {
+            let Some(disk) = disks.iter().find(|disk| disk.name() == name) else { continue };
+            match verdict {
+                Verdict::Trouble(trouble) => {
+                    disk.set_trouble(Some(trouble));
+                    tracing::warn!(disk = name, trouble = trouble.name(), "asked last from now on");
+                }
+                Verdict::Well => {
+                    disk.set_trouble(None);
+                    tracing::info!(disk = name, "well again");
+                }
+            }
+        }
+        for disk in &disks {
+            disk.set_usual(state.judge.usual(disk.name()));
+            let Some(watch) = state.disks.get_mut(disk.name()) else { continue };
+            if disk.trouble().is_none() {
+                watch.trial = None;
+            } else if watch.trial.as_ref().is_none_or(|trial| *locked(trial) != Trial::Waits) {
+                watch.trial = self.try_disk(disk, &bases);
+            }
+        }
+        drop(state);
+        self.mend(&bases);
+    }
+
+    /// Reads a chunk of some copy on the disk, past the page cache.
+    fn try_disk(
+        self: &Arc<Self>,
+        disk: &Arc<Disk>,
+        bases: &[(Digest, Arc<Base>)],
+    ) -> Option<Arc<Mutex<Trial>>> {
+        let (base, copy) = bases.iter().find_map(|(_, base)| {
+            let copies = base.sources().copies();
+            let copy = copies.iter().find(|copy| Arc::ptr_eq(copy.disk(), disk))?;
+            Some((base.clone(), copy.clone()))
+        })?;
+        let image = base.sources().image();
+        let chunks = units::chunks(image.size);
+        let start = fastrand::u64(0..chunks.max(1));
+        let chunk = (start..chunks).chain(0..start).map(Chunk);
+        let chunk = chunk.take(1 << 16).find(|chunk| image.crc(*chunk).is_some())?;
+        let trial = Arc::new(Mutex::new(Trial::Waits));
+        let result = trial.clone();
+        self.rings.spawn(self.rings.pick(), move |ring| async move {
+            let started = Instant::now();
+            let read = copy.examine(&ring, base.sources().image(), chunk).await;
+            *locked(&result) = match read {
+                Ok(()) => Trial::Answered(started.elapsed()),
+                Err(_) => Trial::Failed,
+            };
+        });
+        Some(trial)
+    }
+
+    /// Mends what was found unsound, on every disk that isn't at it already.
+    fn mend(self: &Arc<Self>, bases: &[(Digest, Arc<Base>)]) {
+        for (digest, base) in bases {
+            for copy in base.sources().copies().iter() {
+                let disk = copy.disk().name().to_owned();
+                let mut unsound = copy.unsound();
+                unsound.truncate(BATCH);
+                let mut state = self.state();
+                let tried = state.hopeless.get(&(*digest, disk.clone()));
+                let waits = tried.is_some_and(|tried| tried.elapsed() < PAUSE);
+                if unsound.is_empty() || waits || !state.mending.insert(disk.clone()) {
+                    continue;
+                }
+                drop(state);
+                let (own, digest) = (self.clone(), *digest);
+                let (base, copy) = (base.clone(), copy.clone());
+                tokio::spawn(async move {
+                    let mended = own.mend_copy(digest, base, copy, unsound).await;
+                    let mut state = own.state();
+                    state.mending.remove(&disk);
+                    match mended {
+                        Ok(()) => drop(state.hopeless.remove(&(digest, disk))),
+                        Err(error) => {
+                            tracing::warn!(image = %digest, disk, %error, "not repaired");
+                            state.hopeless.insert((digest, disk), Instant::now());
+                        }
+                    }
+                });
+            }
+        }
+    }
+
+    async fn mend_copy(
+        &self,
+        digest: Digest,
+        base: Arc<Base>,
+        copy: Arc<Copy<Ring>>,
+        chunks: Vec<Chunk>,
+    ) -> Result<()> {
+        let name: Name = copy.disk().name().parse()?;
+        let (node, by) = (self.node.clone(), name.clone());
+        let file = blocking(move || node.mend_copy_on(digest, &by)).await?;
+        let file = RingFile::new(file).map_err(|error| Error::io("its content", error))?;
+        let mut failed = None;
+        for chunk in chunks {
+            let (base, copy, file) = (base.clone(), copy.clone(), file.clone());
+            let repair = self.rings.run(self.rings.pick(), move |ring| async move {
+                base.sources().repair(&ring, &copy, chunk, &file).await
+            });
+            let gone = || Error::new(Kind::Unavailable, "the I/O thread is gone");
+            match repair.await.ok_or_else(gone)? {
+                Ok(Repair::Sound) => {}
+                Ok(Repair::Written) => {
+                    self.repaired.fetch_add(1, Ordering::Relaxed);
+                    tracing::info!(image = %digest, disk = %name, chunk = chunk.0, "repaired");
+                }
+                Err(error) => {
+                    self.unrepaired.fetch_add(1, Ordering::Relaxed);
+                    failed = Some(error);
+                }
+            }
+        }
+        failed.map_or(Ok(()), Err)
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        locked(&self.state)
+    }
+}
+
+impl Watch {
+    fn look(&mut self, disk: &Disk) -> Seen {
+        let reads = disk.reads.counts();
+        let news = reads.since(&self.reads).above(FROM_MEMORY.as_nanos() as u64);
+        self.reads = reads;
+        let (begun, ended) = disk.begun_and_ended();
+        let stuck = match begun > ended && ended == self.ended {
+            true => self.stuck.get_or_insert_with(Instant::now).elapsed(),
+            false => {
+                self.stuck = None;
+                Duration::ZERO
+            }
+        };
+        self.ended = ended;
+        let trial = self.trial.as_ref().map(|trial| *locked(trial));
+        Seen { tier: disk.tier(), reads: news, stuck, trial, trouble: disk.trouble() }
+    }
+}
+
+async fn tick_for_ever(health: Weak<Health>) {
+    let mut ticks = tokio::time::interval(TICK);
+    ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    loop {
+        ticks.tick().await;
+        let Some(health) = health.upgrade() else { return };
+        health.tick();
+    }
+}
+
+fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    // Nothing here panics half way through a change.
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
