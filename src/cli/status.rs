@@ -57,6 +57,9 @@ fn totals(status: &api::Status) -> String {
         pairs.push(("metrics", metrics.clone()));
     }
     pairs.push(("latencies", super::top::signal(&status.signal)));
+    for api::DiskTrouble { disk, trouble } in &status.troubles {
+        pairs.push(("in trouble", format!("disk {disk} is {}", trouble.name())));
+    }
     let up = status.daemon.uptime_seconds;
     pairs.push((
         "daemon",

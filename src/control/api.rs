@@ -11,7 +11,10 @@ pub use promotion::*;
 use serde::{Deserialize, Serialize};
 use utoipa::{IntoParams, ToSchema};
 
-use crate::catalog::{DiskStatus, ImageStatus, NodeStatus, ReplicaStatus, Tier, Via};
+use crate::{
+    catalog::{DiskStatus, ImageStatus, Name, NodeStatus, ReplicaStatus, Tier, Via},
+    source::Trouble,
+};
 
 /// A disk to add.
 #[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
@@ -189,6 +192,17 @@ pub struct Status {
     pub attachments: Vec<AttachmentView>,
     /// Where latencies of disks are from.
     pub signal: SignalView,
+    /// Disks whose copies are read only where no other can answer.
+    pub troubles: Vec<DiskTrouble>,
+}
+
+/// A disk in trouble.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct DiskTrouble {
+    /// Its name.
+    pub disk: Name,
+    /// What it does.
+    pub trouble: Trouble,
 }
 
 /// An export to make a block device of.

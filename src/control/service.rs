@@ -179,7 +179,21 @@ impl Service {
             replicas: self.replicas().await?,
             attachments: self.attachments.list(),
             signal: self.promotion.signal(),
+            troubles: self.troubles(),
         })
+    }
+
+    /// The disks whose copies are asked last, and why.
+    fn troubles(&self) -> Vec<DiskTrouble> {
+        let disks = self.exports.bases().disks();
+        let mut troubles: Vec<DiskTrouble> = disks
+            .iter()
+            .filter_map(|disk| {
+                Some(DiskTrouble { disk: disk.name().parse().ok()?, trouble: disk.trouble()? })
+            })
+            .collect();
+        troubles.sort_by(|a, b| a.disk.cmp(&b.disk));
+        troubles
     }
 
     /// Every disk.
@@ -485,6 +499,7 @@ impl Service {
             exports: &self.exports,
             server: &self.server,
             uptime: self.started.elapsed(),
+            health: Some(&self.health),
             promotion: Some(self.promotion.metrics()),
             probes: Some(self.promotion.probe_metrics()),
         };

@@ -46,6 +46,10 @@ const ENTRIES: u32 = 512;
 /// Submissions that go to the kernel at once.
 const GATHER: usize = 8;
 
+/// Kernel threads that may work for a ring on what can't be done at once (syncs, for the most part). By
+/// default there are four a processor: those that wait for a disk that hangs would be all of them.
+const WORKERS: u32 = 512;
+
 /// Bytes of one read or write: the kernel caps them a little below 2 GiB.
 const MAX_IO: usize = 1 << 30;
 
@@ -151,6 +155,8 @@ impl Ring {
             .setup_taskrun_flag()
             .setup_submit_all()
             .build(ENTRIES)?;
+        // An old kernel keeps its default.
+        let _ = uring.submitter().register_iowq_max_workers(&mut [WORKERS, 0]);
         let table = uring.submitter().register_buffers_sparse(u32::from(LOANS) + 1).is_ok();
         let pool = Pool::new(|start, len| {
             let region = libc::iovec { iov_base: start.cast(), iov_len: len };

@@ -107,6 +107,6 @@ mod tests {
         drop(late);
         assert_eq!(timers.first(), None);
         // Never is a long time, and no overflow.
-        let _ = Sleep::new(&timers, Duration::MAX);
+        drop(Sleep::new(&timers, Duration::MAX));
     }
 }

@@ -30,6 +30,9 @@ pub enum Trouble {
 }
 
 impl Trouble {
+    /// All of them.
+    pub const ALL: [Trouble; 3] = [Trouble::Slow, Trouble::Silent, Trouble::Failing];
+
     /// As users read it.
     pub fn name(self) -> &'static str {
         match self {
@@ -40,9 +43,7 @@ impl Trouble {
     }
 
     fn of(number: u8) -> Option<Trouble> {
-        [Trouble::Slow, Trouble::Silent, Trouble::Failing]
-            .into_iter()
-            .find(|trouble| *trouble as u8 == number)
+        Trouble::ALL.into_iter().find(|trouble| *trouble as u8 == number)
     }
 }
 

@@ -66,6 +66,10 @@ impl Io for Files {
         file.set_len(len)
     }
 
+    async fn sleep(&self, time: std::time::Duration) {
+        std::thread::sleep(time);
+    }
+
     async fn data_after(&self, file: &Arc<File>, offset: u64) -> Result<Option<Range<u64>>> {
         use nix::unistd::{Whence, lseek};
         let Ok(start) = lseek(file, offset as i64, Whence::SeekData) else { return Ok(None) };

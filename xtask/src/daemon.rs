@@ -3,6 +3,7 @@
 //! Everything goes through the program as a user has it; no part of the library is linked in.
 
 use std::fs;
+use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -177,6 +178,21 @@ impl Daemon {
         all.push("--json");
         let text = self.ok(&all)?.stdout;
         json(&text).or_else(|_| json(text.trim().lines().last().unwrap_or_default()))
+    }
+
+    /// The sum of a metric's samples, as the control socket has them.
+    pub fn metric(&self, name: &str) -> Result<f64> {
+        let mut stream = UnixStream::connect(&self.control).context("the control socket")?;
+        stream.set_read_timeout(Some(START))?;
+        write!(stream, "GET /metrics HTTP/1.1\r\nHost: underlay\r\nConnection: close\r\n\r\n")?;
+        let mut page = String::new();
+        stream.read_to_string(&mut page)?;
+        let samples = page.lines().filter(|line| {
+            line.strip_prefix(name).is_some_and(|rest| rest.starts_with(['{', ' ']))
+        });
+        let value =
+            |line: &str| line.rsplit(' ').next().and_then(|value| value.parse::<f64>().ok());
+        Ok(samples.filter_map(value).sum())
     }
 
     /// Runs a command that must be refused: exit code 1 or 2, an error that names each of `names`,

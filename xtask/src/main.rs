@@ -14,6 +14,7 @@ mod hostile;
 mod image;
 mod kill;
 mod lab;
+mod load;
 mod metrics;
 mod nbd;
 mod packaging;
@@ -27,12 +28,14 @@ mod setup;
 mod sick;
 mod slow;
 mod subject;
+mod survive;
 mod test;
 mod tool;
 mod vm;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
+use std::time::Duration;
 
 use anyhow::Result;
 use clap::{Parser, Subcommand};
@@ -98,13 +101,19 @@ enum Chore {
     /// The driver of those tests, within the guest
     #[command(hide = true)]
     Inside,
-    /// The server of a disk that can be slow, on standard input
+    /// Rig: an image with two copies, one of which fails, hangs, lies, or is gone
+    Survive {
+        /// For how many seconds a disk hangs
+        #[arg(long, default_value_t = 60)]
+        hang: u64,
+    },
+    /// The server of a disk that can be ill, on standard input
     #[command(hide = true)]
     SlowDisk {
         /// Its content
         file: PathBuf,
-        /// Holds the milliseconds that reads take longer
-        delay: PathBuf,
+        /// Says what it suffers from
+        illness: PathBuf,
     },
     /// Rig: bad names, images, bits; two daemons; disks that are read-only, full, gone
     Hostile {
@@ -136,8 +145,8 @@ fn main() -> ExitCode {
 }
 
 fn run(chore: Chore) -> Result<()> {
-    if let Chore::SlowDisk { file, delay } = &chore {
-        return slow::serve(file, delay);
+    if let Chore::SlowDisk { file, illness } = &chore {
+        return slow::serve(file, illness);
     }
     lab::heed_signals()?;
     let mut report = Report::default();
@@ -172,6 +181,9 @@ fn run(chore: Chore) -> Result<()> {
         Chore::Kill(aim) => kill::run(&Lab::open()?, aim.against, aim.seed, &mut report),
         Chore::Promotion { chart } => {
             promotion::run(&Lab::open()?, chart.as_deref(), &mut report);
+        }
+        Chore::Survive { hang } => {
+            survive::run(&Lab::open()?, Duration::from_secs(hang), true, &mut report);
         }
         Chore::Demo => demo::run(&Lab::open()?, &mut report),
         Chore::Metrics => metrics::run(&Lab::open()?, &mut report),

@@ -1,5 +1,5 @@
-//! A disk whose reads can be made slow while it runs: a file behind a small NBD server of our own, which
-//! waits before it answers a read, behind FUSE and a loop device. (`nbdkit`'s delay is fixed at its start.)
+//! A disk that can be made ill while it runs: slow, failing, silent, gone. A file behind a small NBD server
+//! of our own, behind FUSE and a loop device. (`nbdkit`'s delay is fixed at its start.)
 //!
 //! The server (`cargo xtask slow-disk`, on the socket that is its standard input) knows what libnbd needs
 //! and no more: fixed newstyle, NBD_OPT_GO, simple replies. Every request is served by a thread of its own,
@@ -34,9 +34,44 @@ const FLAGS: u16 = 1 | 4;
 /// The longest option or request, in bytes.
 const LONGEST: u32 = 64 << 20;
 
-/// Serves `file` on standard input, until the client leaves. Reads take as many milliseconds longer as
-/// the file `delay` says.
-pub fn serve(file: &Path, delay: &Path) -> Result<()> {
+/// What a disk suffers from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Illness {
+    /// Nothing.
+    None,
+    /// So many milliseconds longer take so many percent of its reads.
+    Slow(u64, u32),
+    /// So many percent of its reads fail.
+    Fails(u32),
+    /// It answers nothing.
+    Silent,
+}
+
+impl Illness {
+    fn write(self) -> String {
+        match self {
+            Illness::None => "well".to_owned(),
+            Illness::Slow(millis, percent) => format!("slow {millis} {percent}"),
+            Illness::Fails(percent) => format!("fails {percent}"),
+            Illness::Silent => "silent".to_owned(),
+        }
+    }
+
+    fn read(path: &Path) -> Illness {
+        let text = fs::read_to_string(path).unwrap_or_default();
+        let words: Vec<&str> = text.split_whitespace().collect();
+        let number = |at: usize| words.get(at).and_then(|word| word.parse().ok()).unwrap_or(0_u32);
+        match words.first() {
+            Some(&"slow") => Illness::Slow(number(1).into(), number(2)),
+            Some(&"fails") => Illness::Fails(number(1)),
+            Some(&"silent") => Illness::Silent,
+            _ => Illness::None,
+        }
+    }
+}
+
+/// Serves `file` on standard input, until the client leaves; what it suffers from the file `illness` says.
+pub fn serve(file: &Path, illness: &Path) -> Result<()> {
     let stream = UnixStream::from(std::io::stdin().as_fd().try_clone_to_owned()?);
     let file = OpenOptions::new().read(true).write(true).open(file).context("opening the file")?;
     let file = Arc::new(file);
@@ -62,15 +97,16 @@ pub fn serve(file: &Path, delay: &Path) -> Result<()> {
             2 => return Ok(()),
             _ => bail!("a request that was not offered: {command}"),
         }
-        let (file, output, delay) = (file.clone(), output.clone(), delay.to_owned());
+        let (file, output, illness) = (file.clone(), output.clone(), illness.to_owned());
         thread::spawn(move || {
             let done = match command {
-                0 => {
-                    thread::sleep(asked(&delay));
-                    file.read_exact_at(&mut data, offset)
+                0 => suffer(&illness).and_then(|()| file.read_exact_at(&mut data, offset)),
+                _ => {
+                    while Illness::read(&illness) == Illness::Silent {
+                        thread::sleep(Duration::from_millis(20));
+                    }
+                    if command == 1 { file.write_all_at(&data, offset) } else { file.sync_data() }
                 }
-                1 => file.write_all_at(&data, offset),
-                _ => file.sync_data(),
             };
             let mut reply = Vec::with_capacity(16 + data.len());
             reply.extend(SIMPLE_REPLY.to_be_bytes());
@@ -85,9 +121,21 @@ pub fn serve(file: &Path, delay: &Path) -> Result<()> {
     }
 }
 
-fn asked(delay: &Path) -> Duration {
-    let millis = fs::read_to_string(delay).ok().and_then(|text| text.trim().parse().ok());
-    Duration::from_millis(millis.unwrap_or(0))
+/// What a read suffers; an error if it fails of it.
+fn suffer(illness: &Path) -> std::io::Result<()> {
+    loop {
+        match Illness::read(illness) {
+            Illness::Silent => thread::sleep(Duration::from_millis(20)),
+            Illness::Slow(millis, percent) if fastrand::u32(..100) < percent => {
+                thread::sleep(Duration::from_millis(millis));
+                return Ok(());
+            }
+            Illness::Fails(percent) if fastrand::u32(..100) < percent => {
+                return Err(ErrorKind::Other.into());
+            }
+            _ => return Ok(()),
+        }
+    }
 }
 
 fn negotiate(stream: &mut UnixStream, size: u64) -> Result<()> {
@@ -128,12 +176,12 @@ fn negotiate(stream: &mut UnixStream, size: u64) -> Result<()> {
     }
 }
 
-/// A mounted ext4 disk whose reads can be slowed, and whose device can be pulled.
+/// A mounted ext4 disk that can be made ill, and whose device can be pulled.
 pub struct SlowDisk {
     /// Where it is mounted.
     pub path: PathBuf,
     fuse: PathBuf,
-    delay: PathBuf,
+    illness: PathBuf,
     device: String,
     server: Process,
 }
@@ -147,30 +195,41 @@ impl SlowDisk {
             .args(["-E", "lazy_itable_init=0,lazy_journal_init=0"])
             .args([&backing])
             .run()?;
+        SlowDisk::plug(dir, name)
+    }
+
+    /// Mounts the disk `name` of `dir`, which was made earlier, and is gone since.
+    pub fn plug(dir: &Path, name: &str) -> Result<SlowDisk> {
+        let backing = dir.join(format!("{name}.disk"));
         let (fuse, path) = (dir.join(format!("{name}.fuse")), dir.join(name));
         for made in [&fuse, &path] {
             fs::create_dir_all(made)?;
         }
-        let (file, delay) = (fuse.join("disk"), dir.join(format!("{name}.delay")));
-        fs::write(&delay, "0")?;
+        let (file, illness) = (fuse.join("disk"), dir.join(format!("{name}.illness")));
+        fs::write(&illness, Illness::None.write())?;
         let own = std::env::current_exe()?;
         let mut server = tool("nbdfuse", [text(&file)?, "--command", text(&own)?, "slow-disk"])
-            .args([&backing, &delay])
+            .args([&backing, &illness])
             .background(&dir.join(format!("{name}.nbdfuse.log")))?;
         server.until(Duration::from_secs(10), || file.exists())?;
         // Past the page cache: what was read once must be slow again.
         let device = tool("losetup", ["--find", "--show", "--direct-io=on"]).args([&file]).out()?;
-        let disk = SlowDisk { path, fuse, delay, device: device.trim().to_owned(), server };
+        let disk = SlowDisk { path, fuse, illness, device: device.trim().to_owned(), server };
         tool("mount", [&disk.device]).args([&disk.path]).run()?;
         Ok(disk)
     }
 
     /// From now on every read takes `millis` longer.
     pub fn slow_by(&self, millis: u64) -> Result<()> {
+        self.suffers(Illness::Slow(millis, 100))
+    }
+
+    /// From now on it suffers from this.
+    pub fn suffers(&self, illness: Illness) -> Result<()> {
         // In one step: the server reads it at any time.
-        let new = self.delay.with_extension("new");
-        fs::write(&new, millis.to_string())?;
-        fs::rename(&new, &self.delay).map_err(|error| anyhow!(error))
+        let new = self.illness.with_extension("new");
+        fs::write(&new, illness.write())?;
+        fs::rename(&new, &self.illness).map_err(|error| anyhow!(error))
     }
 
     /// Pulls the device: every request fails from now on.
@@ -182,7 +241,7 @@ impl SlowDisk {
 impl Drop for SlowDisk {
     fn drop(&mut self) {
         // Each step is tried: where the device is gone, only some of them can succeed.
-        let _ = self.slow_by(0);
+        let _ = self.suffers(Illness::None);
         let _ = tool("umount", ["-l".as_ref(), self.path.as_os_str()]).outcome();
         let _ = tool("losetup", ["-d", &self.device]).outcome();
         let _ = self.server.kill();

@@ -15,7 +15,7 @@ use crate::subject::Against;
 use crate::tool::tool;
 use crate::{
     clients, demo, ebpf, guest, hostile, kill, metrics, packaging, place, probes, promotion,
-    savings, sick, vm,
+    savings, sick, survive, vm,
 };
 
 /// How long cargo may build and test, on two slow processors.
@@ -66,6 +66,7 @@ pub fn rigs(report: &mut Report) -> Result<()> {
     savings::run(&lab, report);
     probes::run(&lab, report);
     promotion::run_untimed(&lab, report);
+    survive::run(&lab, Duration::from_secs(6), false, report);
     hostile::run(&lab, 1, report);
     sick::run(&lab, report);
     vm::run(&lab, &vm::Options::everything(), report);

@@ -27,6 +27,7 @@ mod promotion;
 mod reads;
 mod replicas;
 mod snapshot;
+mod sources;
 mod surveys;
 
 #[cfg(test)]
@@ -101,6 +102,7 @@ impl Collector for Snapshot {
         replicas::tell(&mut page, self)?;
         exports::tell(&mut page, &self.exports)?;
         reads::tell(&mut page, &self.reads)?;
+        sources::tell(&mut page, &self.reading)?;
         promotion::tell(&mut page, self.promotion.as_ref())?;
         probes::tell(&mut page, self.probes.as_ref())
     }

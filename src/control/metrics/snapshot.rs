@@ -8,7 +8,7 @@ use std::{
 
 use uuid::Uuid;
 
-use super::{page::Latency, probes::Probes, promotion::Promotion, surveys::Told};
+use super::{page::Latency, probes::Probes, promotion::Promotion, sources::Reading, surveys::Told};
 use crate::{
     blockdev::{
         figures::{Front, Operation},
@@ -19,6 +19,7 @@ use crate::{
     },
     control::{
         exports::{Exports, IMAGE, REPLICA},
+        health::Health,
         views::Seat,
     },
     cow::Stats,
@@ -35,6 +36,8 @@ pub struct Sources<'a> {
     pub server: &'a nbd::Server,
     /// How long the daemon has been up.
     pub uptime: Duration,
+    /// What becomes of damaged chunks; `None` where nobody looks after them.
+    pub health: Option<&'a Health>,
     /// Promotion; `None` where there is none.
     pub promotion: Option<Promotion>,
     /// What the probes saw; `None` where there are none, not even unwilling ones.
@@ -54,6 +57,7 @@ pub(super) struct Snapshot {
     pub replicas: Vec<Replica>,
     pub exports: Vec<Export>,
     pub reads: Vec<Reads>,
+    pub reading: Reading,
     pub promotion: Option<Promotion>,
     pub probes: Option<Probes>,
 }
@@ -198,6 +202,7 @@ impl Snapshot {
             replica_creation,
             exports: exports(sources.exports, &images, &outline.replicas),
             reads: reads(sources.exports, &outline),
+            reading: reading(sources, &outline),
             disks,
             images,
             replicas,
@@ -297,6 +302,22 @@ fn exports(exports: &Exports, images: &[Image], replicas: &[ReplicaStatus]) -> V
         }
     }
     all
+}
+
+fn reading(sources: &Sources<'_>, outline: &Outline) -> Reading {
+    let bases = sources.exports.bases();
+    let figures: HashMap<Digest, _> =
+        bases.all().into_iter().map(|(digest, base)| (digest, base.sources().figures())).collect();
+    let named = outline
+        .images
+        .iter()
+        .filter_map(|image| Some((image.names.first()?.to_string(), *figures.get(&image.digest)?)));
+    let mut images: Vec<_> = named.collect();
+    images.sort_by(|a, b| a.0.cmp(&b.0));
+    let mut disks = bases.disks();
+    disks.sort_by(|a, b| a.name().cmp(b.name()));
+    let repaired = sources.health.map(Health::repaired).unwrap_or_default();
+    Reading { images, disks, repaired }
 }
 
 /// What replicas read, summed where several images have one name in common with none other.

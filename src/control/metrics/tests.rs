@@ -11,11 +11,12 @@ use nix::sys::{
     time::TimeValLike,
 };
 
-use super::{snapshot::*, *};
+use super::{snapshot::*, sources::Reading, *};
 use crate::{
     blockdev::figures::{Front, Operation},
     catalog::NodeStatus,
     cow::Stats,
+    source::{self, Figures},
 };
 
 const DOCUMENT: &str = include_str!("../../../docs/metrics.md");
@@ -93,6 +94,11 @@ fn snapshot(replicas: usize) -> Snapshot {
         replicas: (0..replicas).map(replica).collect(),
         exports: (0..replicas).map(export).collect(),
         reads: vec![reads("a"), reads("b")],
+        reading: Reading {
+            images: vec![("debian-12".to_owned(), Figures { raced: 3, ..Figures::default() })],
+            disks: vec![Arc::new(source::Disk::new("a", None, 64))],
+            repaired: (2, 1),
+        },
         promotion: Some(Promotion {
             rate_bytes: 1 << 25,
             disks: vec![PromotingDisk { disk: "b".to_owned(), ..PromotingDisk::default() }],

@@ -2,7 +2,7 @@
 
 use std::fmt::Write;
 
-use super::load::{Kind, Sample, quantile};
+use crate::load::{Kind, Sample, quantile};
 
 const WIDTH: f64 = 860.0;
 const HEIGHT: f64 = 300.0;

@@ -9,7 +9,6 @@
 mod agent;
 mod chart;
 mod faults;
-mod load;
 
 use std::fs;
 use std::path::Path;
@@ -19,9 +18,9 @@ use std::time::Duration;
 use anyhow::{Context, Result, ensure};
 
 use self::chart::{Mark, Promoted};
-use self::load::{Aim, Kind, Load, quantile};
 use crate::daemon::Daemon;
 use crate::lab::{Lab, loop_disks};
+use crate::load::{Aim, Kind, Load, quantile};
 use crate::nbd::Client;
 use crate::place::Profile;
 use crate::report::Report;

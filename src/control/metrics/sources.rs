@@ -1,0 +1,73 @@
+//! What images are read from: copies that answer late or wrongly, and what becomes of them.
+
+use std::{fmt, sync::Arc};
+
+use super::page::{About, Of, Page};
+use crate::source::{Disk, Figures, Trouble};
+
+const RACED: About = About("source_reads", Of::Things, "Reads of images that have several copies");
+const FAILOVERS: About = About(
+    "source_failovers",
+    Of::Things,
+    "Reads that another copy was asked for: the first failed, or was late",
+);
+const HEDGES: About =
+    About("source_hedges", Of::Things, "Reads that a second copy was asked for early");
+const WON: About = About("source_hedges_won", Of::Things, "How many of them it answered first");
+const RESCUED: About =
+    About("source_rescued", Of::Things, "Chunks that no copy could give and a cache did");
+const FAILED: About = About("source_failed", Of::Things, "Reads that nothing could answer");
+const ERRORS: About = About("disk_read_errors", Of::Things, "Reads of copies on it that failed");
+const LATE: About =
+    About("disk_late_reads", Of::Things, "Reads of copies on it that were given up waiting for");
+const TROUBLE: About = About(
+    "disk_trouble",
+    Of::Things,
+    "1 if the disk is in this trouble: its copies are read where no other can answer",
+);
+const REPAIRED: About = About("repaired_chunks", Of::Things, "Chunks of copies written anew");
+const UNREPAIRED: About =
+    About("unrepaired_chunks", Of::Things, "Attempts to write a chunk anew that failed");
+
+/// What there is to tell.
+#[derive(Default)]
+pub struct Reading {
+    /// The images that are open, by name.
+    pub images: Vec<(String, Figures)>,
+    /// The disks that copies are read from.
+    pub disks: Vec<Arc<Disk>>,
+    /// Chunks that were written anew, and those that could not be.
+    pub repaired: (u64, u64),
+}
+
+impl fmt::Debug for Reading {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Reading").field("images", &self.images).finish_non_exhaustive()
+    }
+}
+
+pub(super) fn tell(page: &mut Page<'_>, reading: &Reading) -> fmt::Result {
+    let all = |value: fn(&Figures) -> u64| {
+        let images = reading.images.iter();
+        images.map(move |(name, figures)| ([("image", name.as_str())], value(figures)))
+    };
+    page.counter(RACED, all(|figures| figures.raced))?;
+    page.counter(FAILOVERS, all(|figures| figures.failovers))?;
+    page.counter(HEDGES, all(|figures| figures.hedges))?;
+    page.counter(WON, all(|figures| figures.hedges_won))?;
+    page.counter(RESCUED, all(|figures| figures.rescued))?;
+    page.counter(FAILED, all(|figures| figures.failed))?;
+    let disks = || reading.disks.iter().map(|disk| ([("disk", disk.name())], disk));
+    let errors = disks().map(|(labels, disk)| (labels, disk.failed_and_late().0));
+    page.counter(ERRORS, errors)?;
+    page.counter(LATE, disks().map(|(labels, disk)| (labels, disk.failed_and_late().1)))?;
+    let troubles = reading.disks.iter().flat_map(|disk| {
+        Trouble::ALL.map(|trouble| {
+            let labels = [("disk", disk.name()), ("trouble", trouble.name())];
+            (labels, u64::from(disk.trouble() == Some(trouble)))
+        })
+    });
+    page.gauge(TROUBLE, troubles)?;
+    page.count(REPAIRED, reading.repaired.0)?;
+    page.count(UNREPAIRED, reading.repaired.1)
+}
