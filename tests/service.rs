@@ -343,7 +343,7 @@ fn a_damaged_image_is_told() {
     let output = daemon.cli(&["image", "verify", "base", "--json"]).output().unwrap();
     assert_eq!(output.status.code(), Some(1));
     let found: Value = serde_json::from_slice(&output.stdout).unwrap();
-    assert_eq!(found["bad_chunks"], json!([1]));
+    assert_eq!(found["copies"][0]["bad_chunks"], json!([1]));
     assert_eq!(found["sound"], false);
     // Cut short: the image does not open, and the error names it.
     fs::OpenOptions::new().write(true).open(&data).unwrap().set_len(4096).unwrap();

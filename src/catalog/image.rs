@@ -102,6 +102,19 @@ impl Node {
         named.collect()
     }
 
+    /// All copies that serve: of which image, on which disk, made when. No I/O.
+    pub fn all_ready_copies(&self) -> Vec<(Digest, Name, u64)> {
+        let view = self.0.view();
+        let mut all = Vec::new();
+        for (digest, image) in &view.images {
+            for copy in image.copies.iter().filter(|copy| copy.state() == CopyState::Ready) {
+                let disk = view.disk_name(copy.disk).cloned();
+                all.extend(disk.map(|disk| (*digest, disk, copy.found.record.created)));
+            }
+        }
+        all
+    }
+
     /// Opens the copy of an image on a disk.
     pub fn open_copy_on(&self, digest: Digest, disk: &Name) -> Result<OpenCopy> {
         let (home, size) = self.copy_on(digest, disk)?;

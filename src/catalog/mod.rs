@@ -46,6 +46,7 @@ mod record;
 mod replica;
 mod report;
 mod scan;
+mod scrubbed;
 mod stage;
 mod status;
 mod steps;
@@ -67,6 +68,7 @@ pub use node::Node;
 pub use profile::{Pin, Profile};
 pub use replica::{NewReplica, OpenReplica, REPLICA_MAX, Removed};
 pub use scan::RESUME_JSON;
+pub use scrubbed::Scrubbed;
 pub use stage::{ImageMeta, StagedCopy};
 pub use status::{
     CopyState, CopyStatus, DiskState, DiskStatus, FsckReport, ImageStatus, ImageUser, NodeStatus,

@@ -92,13 +92,19 @@ pub struct Inspect {
     name: Name,
 }
 
-/// Read an image whole and compare it with its checksums. Exit code 1 when it differs.
+/// Read every copy of an image whole, compare it with its checksums, and repair it from the others. Exit
+/// code 1 if a copy is damaged for good.
 #[derive(Debug, Args)]
-#[command(after_help = "Example:\n  underlay image verify debian-12")]
+#[command(
+    after_help = "Examples:\n  underlay image verify debian-12\n  underlay image verify --all --json"
+)]
 pub struct Verify {
     /// The image's name or digest.
-    #[arg(value_parser = super::name)]
-    name: Name,
+    #[arg(value_parser = super::name, required_unless_present = "all")]
+    name: Option<Name>,
+    /// All images, one after the other.
+    #[arg(long, conflicts_with = "name")]
+    all: bool,
 }
 
 /// Remove an image's name; with its last name, the image. Refused while replicas stand on it.
@@ -134,14 +140,29 @@ impl Image {
                 let image: ImageView = client.get(&path_of(&name)).await?;
                 setting.show(&image, details)?;
             }
-            Image::Verify(Verify { name }) => {
-                let path = format!("{}/verify", path_of(&name));
-                let mut meter = Meter::new();
-                let found: Verification =
-                    client.post_streamed(&path, &(), |progress| meter.show(progress)).await?;
-                drop(meter);
-                setting.show(&found, verdict)?;
-                return Ok(if found.sound { Outcome::Well } else { Outcome::Amiss });
+            Image::Verify(Verify { name, .. }) => {
+                let names = match name {
+                    Some(name) => vec![name],
+                    None => {
+                        let images: Vec<ImageView> = client.get("/v1/images").await?;
+                        let named = images.iter().map(|image| match image.status.names.first() {
+                            Some(name) => Ok(name.clone()),
+                            None => image.status.digest.to_string().parse(),
+                        });
+                        named.collect::<Result<_>>()?
+                    }
+                };
+                let mut sound = true;
+                for name in names {
+                    let path = format!("{}/verify", path_of(&name));
+                    let mut meter = Meter::new();
+                    let found: Verification =
+                        client.post_streamed(&path, &(), |progress| meter.show(progress)).await?;
+                    drop(meter);
+                    setting.show(&found, verdict)?;
+                    sound &= found.sound;
+                }
+                return Ok(if sound { Outcome::Well } else { Outcome::Amiss });
             }
             Image::Rm(Rm { name }) => {
                 let removed: Removed = client.delete(&path_of(&name)).await?;
@@ -336,24 +357,26 @@ fn details(image: &ImageView) -> String {
 }
 
 fn verdict(found: &Verification) -> String {
-    if found.sound {
-        return format!(
-            "image {} is what was imported: {} read, {} chunks\n",
-            found.image,
-            size::format(found.bytes),
-            found.chunks
-        );
+    let mut text = String::new();
+    for copy in &found.copies {
+        let what = format!("image {} on disk {}", found.image, copy.disk);
+        let chunks: Vec<_> = copy.bad_chunks.iter().take(16).map(u64::to_string).collect();
+        let more = if copy.bad > 16 { ", …" } else { "" };
+        let which = format!("{} of {} chunks", copy.bad, found.chunks);
+        let named = format!("chunk {}{more}", chunks.join(", "));
+        text += &match (copy.sound, copy.bad, &copy.error) {
+            (true, 0, _) => format!("{what} is what was imported: {} chunks\n", found.chunks),
+            (true, ..) => format!("{what} was damaged and is repaired: {which} ({named})\n"),
+            (false, 0, Some(error)) => format!("{what} could not be verified: {error}\n"),
+            (false, ..) => format!(
+                "{what} is damaged: {which} differ ({named}), {} were repaired: nothing else has the \
+                 others; import it anew under another name, and move its replicas' data to replicas of \
+                 that\n",
+                copy.repaired
+            ),
+        };
     }
-    let chunks: Vec<_> = found.bad_chunks.iter().take(16).map(u64::to_string).collect();
-    format!(
-        "image {} is damaged: {} of {} chunks differ (chunk {}{}); import it anew under another \
-         name, and move its replicas' data to replicas of that\n",
-        found.image,
-        found.bad,
-        found.chunks,
-        chunks.join(", "),
-        if found.bad > 16 { ", …" } else { "" }
-    )
+    text + &format!("{} read\n", size::format(found.bytes))
 }
 
 #[cfg(test)]

@@ -60,6 +60,11 @@ fn totals(status: &api::Status) -> String {
     for api::DiskTrouble { disk, trouble } in &status.troubles {
         pairs.push(("in trouble", format!("disk {disk} is {}", trouble.name())));
     }
+    if let Some(scrub) = &status.scrub {
+        let (done, all) = (size::format(scrub.done_bytes), size::format(scrub.total_bytes));
+        let image: String = scrub.image.chars().take(12).collect();
+        pairs.push(("scrub", format!("image {image} on disk {}: {done} of {all}", scrub.disk)));
+    }
     let up = status.daemon.uptime_seconds;
     pairs.push((
         "daemon",

@@ -163,16 +163,35 @@ pub struct Verification {
     pub image: String,
     /// Its identity.
     pub digest: String,
-    /// Whether the copy is what was imported: chunks, length and digest.
+    /// Whether every copy is what was imported, now that it has been repaired where that could be done.
     pub sound: bool,
     /// Bytes that were read; what is known to be zeros and is a hole is not.
     pub bytes: u64,
-    /// Chunks of 256 KiB in it.
+    /// Chunks of 256 KiB in the image.
     pub chunks: u64,
-    /// The numbers of those that are not what was imported, the first thousand of them.
-    pub bad_chunks: Vec<u64>,
-    /// How many those are.
+    /// How many chunks of copies were not what was imported.
     pub bad: u64,
+    /// How many of those were written anew from another copy.
+    pub repaired: u64,
+    /// The copies.
+    pub copies: Vec<CopyVerification>,
+}
+
+/// What the verification of one copy found.
+#[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
+pub struct CopyVerification {
+    /// The disk that it is on.
+    pub disk: Name,
+    /// Whether it is what was imported, now that it has been repaired where that could be done.
+    pub sound: bool,
+    /// How many chunks were not.
+    pub bad: u64,
+    /// Their numbers, the first thousand of them.
+    pub bad_chunks: Vec<u64>,
+    /// How many of them were written anew.
+    pub repaired: u64,
+    /// Why it could not be verified, or not be repaired.
+    pub error: Option<String>,
 }
 
 /// The node: what is there, what it takes, what is saved.
@@ -194,6 +213,21 @@ pub struct Status {
     pub signal: SignalView,
     /// Disks whose copies are read only where no other can answer.
     pub troubles: Vec<DiskTrouble>,
+    /// The copy that is being scrubbed.
+    pub scrub: Option<ScrubView>,
+}
+
+/// A copy that is being scrubbed.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct ScrubView {
+    /// The image's digest.
+    pub image: String,
+    /// The disk that the copy is on.
+    pub disk: Name,
+    /// Bytes of the image that are behind it.
+    pub done_bytes: u64,
+    /// Bytes of the image.
+    pub total_bytes: u64,
 }
 
 /// A disk in trouble.

@@ -45,6 +45,10 @@ pub struct Config {
     pub verify_reads: Verify,
     /// Seconds that a disk has to answer well before it is believed to be.
     pub clean_seconds: u64,
+    /// In so many days each copy is read whole and compared with its sums; 0: never.
+    pub scrub_days: u64,
+    /// MiB a second at which that is done.
+    pub scrub_mib: u64,
     /// Percent of each disk that promoted chunks may take, unless the disk says otherwise; 0: none.
     pub cache_percent: u64,
     /// MiB a second that promotion may write to each disk.
@@ -81,6 +85,8 @@ struct File {
     overlay_io: Option<Caching>,
     verify_reads: Option<Verify>,
     clean_seconds: Option<u64>,
+    scrub_days: Option<u64>,
+    scrub_mib: Option<u64>,
     cache_percent: Option<u64>,
     promote_mib: Option<u64>,
     probes: Option<bool>,
@@ -103,6 +109,8 @@ impl Config {
             overlay_io: Caching::Direct,
             verify_reads: Verify::First,
             clean_seconds: 60,
+            scrub_days: 30,
+            scrub_mib: 16,
             cache_percent: 5,
             promote_mib: 64,
             probes: true,
@@ -148,6 +156,8 @@ impl Config {
             overlay_io: file.overlay_io.unwrap_or(default.overlay_io),
             verify_reads: file.verify_reads.unwrap_or(default.verify_reads),
             clean_seconds: file.clean_seconds.unwrap_or(default.clean_seconds),
+            scrub_days: file.scrub_days.unwrap_or(default.scrub_days),
+            scrub_mib: file.scrub_mib.unwrap_or(default.scrub_mib),
             cache_percent: file.cache_percent.unwrap_or(default.cache_percent),
             promote_mib: file.promote_mib.unwrap_or(default.promote_mib),
             probes: file.probes.unwrap_or(default.probes),
@@ -171,8 +181,12 @@ impl Config {
                 "threads is at most 1024, poll_us at most 100000 and stop_seconds at most 3600",
             ));
         }
-        if config.clean_seconds > 86_400 {
-            return Err(Error::new(Kind::Invalid, "clean_seconds is at most 86400"));
+        if config.clean_seconds > 86_400
+            || config.scrub_days > 3650
+            || !(1..=1 << 20).contains(&config.scrub_mib)
+        {
+            let what = "clean_seconds is at most 86400, scrub_days at most 3650, scrub_mib from 1 to 1048576";
+            return Err(Error::new(Kind::Invalid, what));
         }
         if config.cache_percent > 90 || !(1..=1 << 20).contains(&config.promote_mib) {
             let what = "cache_percent is at most 90, promote_mib from 1 to 1048576";

@@ -190,8 +190,8 @@ impl Health {
                     let mut state = own.state();
                     state.mending.remove(&disk);
                     match mended {
-                        Ok(()) => drop(state.hopeless.remove(&(digest, disk))),
-                        Err(error) => {
+                        Ok((_, None)) => drop(state.hopeless.remove(&(digest, disk))),
+                        Ok((_, Some(error))) | Err(error) => {
                             tracing::warn!(image = %digest, disk, %error, "not repaired");
                             state.hopeless.insert((digest, disk), Instant::now());
                         }
@@ -201,18 +201,32 @@ impl Health {
         }
     }
 
+    /// Mends chunks of the image's copy on `disk`. How many were, and why the last of the others was not.
+    pub async fn mend_image(
+        &self,
+        digest: Digest,
+        disk: Name,
+        chunks: Vec<Chunk>,
+    ) -> Result<(u64, Option<Error>)> {
+        let base = self.bases.base(digest).await?;
+        let copies = base.sources().copies();
+        let copy = copies.iter().find(|copy| copy.disk().name() == disk.as_str()).cloned();
+        let none = || Error::new(Kind::Unavailable, format!("disk {disk}: its copy is gone"));
+        self.mend_copy(digest, base, copy.ok_or_else(none)?, chunks).await
+    }
+
     async fn mend_copy(
         &self,
         digest: Digest,
         base: Arc<Base>,
         copy: Arc<Copy<Ring>>,
         chunks: Vec<Chunk>,
-    ) -> Result<()> {
+    ) -> Result<(u64, Option<Error>)> {
         let name: Name = copy.disk().name().parse()?;
         let (node, by) = (self.node.clone(), name.clone());
         let file = blocking(move || node.mend_copy_on(digest, &by)).await?;
         let file = RingFile::new(file).map_err(|error| Error::io("its content", error))?;
-        let mut failed = None;
+        let (mut mended, mut failed) = (0, None);
         for chunk in chunks {
             let (base, copy, file) = (base.clone(), copy.clone(), file.clone());
             let repair = self.rings.run(self.rings.pick(), move |ring| async move {
@@ -220,8 +234,9 @@ impl Health {
             });
             let gone = || Error::new(Kind::Unavailable, "the I/O thread is gone");
             match repair.await.ok_or_else(gone)? {
-                Ok(Repair::Sound) => {}
+                Ok(Repair::Sound) => mended += 1,
                 Ok(Repair::Written) => {
+                    mended += 1;
                     self.repaired.fetch_add(1, Ordering::Relaxed);
                     tracing::info!(image = %digest, disk = %name, chunk = chunk.0, "repaired");
                 }
@@ -231,7 +246,7 @@ impl Health {
                 }
             }
         }
-        failed.map_or(Ok(()), Err)
+        Ok((mended, failed))
     }
 
     fn state(&self) -> MutexGuard<'_, State> {

@@ -33,6 +33,7 @@ mod job;
 mod metrics;
 mod promotion;
 mod routes;
+mod scrub;
 mod tails;
 mod upload;
 mod views;

@@ -30,6 +30,7 @@ use crate::{
         job::Jobs,
         metrics::{Metrics, PageFormat, Sources},
         promotion::Promotion,
+        scrub::Scrub,
         socket::Socket,
         tails::Tails,
         views::Views,
@@ -51,6 +52,7 @@ pub struct Service {
     attachments: Arc<Attachments>,
     promotion: Arc<Promotion>,
     health: Arc<Health>,
+    scrub: Arc<Scrub>,
     server: Arc<nbd::Server>,
     metrics: Metrics,
     jobs: Jobs,
@@ -93,7 +95,10 @@ impl Service {
         );
         let exports = Arc::new(exports);
         let clean = Duration::from_secs(config.clean_seconds);
-        let health = Health::start(node.clone(), bases, rings.clone(), clean);
+        let health = Health::start(node.clone(), bases.clone(), rings.clone(), clean);
+        let period = Duration::from_secs(config.scrub_days * 24 * 3600);
+        let rate = config.scrub_mib << 20;
+        let scrub = Scrub::start(node.clone(), bases, rings.clone(), period, rate);
         let promotion = Promotion::start(config, node.clone(), exports.clone(), views)?;
         let listener = tokio::net::UnixListener::from_std(socket.listener()?)
             .context(|| "listening on the NBD socket")?;
@@ -108,6 +113,7 @@ impl Service {
             attachments,
             promotion,
             health,
+            scrub,
             server,
             metrics: Metrics::default(),
             jobs: Jobs::default(),
@@ -121,6 +127,16 @@ impl Service {
     /// Caches and what is promoted to them.
     pub(super) fn promotion(&self) -> &Arc<Promotion> {
         &self.promotion
+    }
+
+    /// The catalogue.
+    pub(super) fn node(&self) -> &Node {
+        &self.node
+    }
+
+    /// The disks' health.
+    pub(super) fn health(&self) -> &Arc<Health> {
+        &self.health
     }
 
     /// The long work under way.
@@ -180,6 +196,12 @@ impl Service {
             attachments: self.attachments.list(),
             signal: self.promotion.signal(),
             troubles: self.troubles(),
+            scrub: self.scrub.now().map(|now| ScrubView {
+                image: now.digest.to_string(),
+                disk: now.disk,
+                done_bytes: now.done.0,
+                total_bytes: now.done.1,
+            }),
         })
     }
 
@@ -318,10 +340,20 @@ impl Service {
     }
 
     /// Prepares the verification of an image.
-    pub async fn prepare_verify(&self, name: Name) -> Result<Verify> {
+    pub async fn prepare_verify(self: &Arc<Self>, name: Name) -> Result<Verify> {
         let (node, by) = (self.node.clone(), name.clone());
-        let copy = blocking(move || node.open_copy(&by)).await?;
-        Ok(Verify { name, copy })
+        let (digest, disks) = blocking(move || {
+            let digest = node.image(&by)?.digest;
+            let copies = node.ready_copies(digest);
+            let disks: Vec<Name> = copies.into_iter().map(|(disk, _)| disk).collect();
+            if disks.is_empty() {
+                // Says why there is none.
+                node.open_copy(&by)?;
+            }
+            Ok((digest, disks))
+        })
+        .await?;
+        Ok(Verify { service: self.clone(), name, digest, disks })
     }
 
     /// Every replica.
@@ -500,6 +532,7 @@ impl Service {
             server: &self.server,
             uptime: self.started.elapsed(),
             health: Some(&self.health),
+            scrubbed: self.scrub.figures(),
             promotion: Some(self.promotion.metrics()),
             probes: Some(self.promotion.probe_metrics()),
         };

@@ -9,17 +9,17 @@ use std::{
 };
 
 use crate::{
-    catalog::{Digest, ImageMeta, Name, OpenCopy, StagedCopy},
+    catalog::{Digest, ImageMeta, Name, StagedCopy},
     control::{
-        api::{ImageView, ProfileView, Verification},
+        api::{CopyVerification, ImageView, ProfileView, Verification},
         event::Progress,
         job::Job,
         promotion::Promotion,
         service::Service,
     },
-    error::Result,
+    error::{Kind, Result},
     image::{self, ChunkTable, Format, ImportRequest, Source},
-    units::CHUNK,
+    units::{CHUNK, Chunk},
 };
 
 /// Damaged chunks that a verification names.
@@ -63,25 +63,82 @@ impl Import {
 
 /// A verification that can begin.
 pub struct Verify {
+    pub(super) service: Arc<Service>,
     pub(super) name: Name,
-    pub(super) copy: OpenCopy,
+    pub(super) digest: Digest,
+    /// The disks with copies of it.
+    pub(super) disks: Vec<Name>,
 }
 
 impl Verify {
-    /// Reads the image to its end. Blocks.
+    /// Reads all copies to their ends, and mends what can be mended. Blocks.
     pub fn run(self, job: &Job) -> Result<Verification> {
-        let what = format!("image {}", self.name);
-        let table = ChunkTable::load(&self.copy.chunks, &format!("the chunk table of {what}"))?;
-        let report = |progress| job.report(Progress::from(progress));
-        let found = image::verify(&self.copy.data, &table, &what, &report, job.cancel())?;
-        Ok(Verification {
-            image: self.name.into(),
-            digest: self.copy.digest.to_string(),
-            sound: found.is_sound(),
-            bytes: found.bytes,
-            chunks: found.chunks,
-            bad: found.bad.len() as u64,
+        let mut verified = Verification {
+            image: self.name.to_string(),
+            digest: self.digest.to_string(),
+            sound: true,
+            bytes: 0,
+            chunks: 0,
+            bad: 0,
+            repaired: 0,
+            copies: Vec::new(),
+        };
+        for disk in &self.disks {
+            let copy = match self.copy(disk, &mut verified, job) {
+                Err(error) if error.kind() == Kind::Cancelled => return Err(error),
+                Err(error) => CopyVerification {
+                    disk: disk.clone(),
+                    sound: false,
+                    bad: 0,
+                    bad_chunks: Vec::new(),
+                    repaired: 0,
+                    error: Some(error.to_string()),
+                },
+                Ok(copy) => copy,
+            };
+            verified.sound &= copy.sound;
+            verified.bad += copy.bad;
+            verified.repaired += copy.repaired;
+            verified.copies.push(copy);
+        }
+        Ok(verified)
+    }
+
+    fn copy(
+        &self,
+        disk: &Name,
+        verified: &mut Verification,
+        job: &Job,
+    ) -> Result<CopyVerification> {
+        let what = format!("image {} on disk {disk}", self.name);
+        let copy = self.service.node().open_copy_on(self.digest, disk)?;
+        let table = ChunkTable::load(&copy.chunks, &format!("the chunk table of {what}"))?;
+        let report = |progress| {
+            let progress = Progress::from(progress);
+            let phase = format!("{} disk {disk}", progress.phase);
+            job.report(Progress { phase, ..progress });
+        };
+        let found = image::verify(&copy.data, &table, &what, &report, job.cancel())?;
+        verified.bytes += found.bytes;
+        verified.chunks = found.chunks;
+        let (mut repaired, mut error) = (0, None);
+        if !found.bad.is_empty() {
+            let chunks = found.bad.iter().copied().map(Chunk).collect();
+            let mend = self.service.health().mend_image(self.digest, disk.clone(), chunks);
+            // This thread may block; what mends are tasks of the runtime and the rings.
+            match tokio::runtime::Handle::current().block_on(mend) {
+                Ok(mended) => (repaired, error) = mended,
+                Err(failed) => error = Some(failed),
+            }
+        }
+        let bad = found.bad.len() as u64;
+        Ok(CopyVerification {
+            disk: disk.clone(),
+            sound: found.digest_matches && found.size_matches && repaired == bad,
+            bad,
             bad_chunks: found.bad.into_iter().take(BAD_TOLD).collect(),
+            repaired,
+            error: error.map(|error| error.to_string()),
         })
     }
 }

@@ -38,6 +38,8 @@ pub struct Sources<'a> {
     pub uptime: Duration,
     /// What becomes of damaged chunks; `None` where nobody looks after them.
     pub health: Option<&'a Health>,
+    /// Bytes that the scrub read, and chunks that it found unsound.
+    pub scrubbed: (u64, u64),
     /// Promotion; `None` where there is none.
     pub promotion: Option<Promotion>,
     /// What the probes saw; `None` where there are none, not even unwilling ones.
@@ -317,7 +319,7 @@ fn reading(sources: &Sources<'_>, outline: &Outline) -> Reading {
     let mut disks = bases.disks();
     disks.sort_by(|a, b| a.name().cmp(b.name()));
     let repaired = sources.health.map(Health::repaired).unwrap_or_default();
-    Reading { images, disks, repaired }
+    Reading { images, disks, repaired, scrubbed: sources.scrubbed }
 }
 
 /// What replicas read, summed where several images have one name in common with none other.

@@ -28,6 +28,9 @@ const TROUBLE: About = About(
 const REPAIRED: About = About("repaired_chunks", Of::Things, "Chunks of copies written anew");
 const UNREPAIRED: About =
     About("unrepaired_chunks", Of::Things, "Attempts to write a chunk anew that failed");
+const SCRUBBED: About = About("scrubbed", Of::Bytes, "Bytes of copies that the scrub has read");
+const UNSOUND: About =
+    About("scrub_unsound_chunks", Of::Things, "Chunks that it found not to be as they must");
 
 /// What there is to tell.
 #[derive(Default)]
@@ -38,6 +41,8 @@ pub struct Reading {
     pub disks: Vec<Arc<Disk>>,
     /// Chunks that were written anew, and those that could not be.
     pub repaired: (u64, u64),
+    /// Bytes that the scrub read, and chunks that it found unsound.
+    pub scrubbed: (u64, u64),
 }
 
 impl fmt::Debug for Reading {
@@ -69,5 +74,7 @@ pub(super) fn tell(page: &mut Page<'_>, reading: &Reading) -> fmt::Result {
     });
     page.gauge(TROUBLE, troubles)?;
     page.count(REPAIRED, reading.repaired.0)?;
-    page.count(UNREPAIRED, reading.repaired.1)
+    page.count(UNREPAIRED, reading.repaired.1)?;
+    page.count(SCRUBBED, reading.scrubbed.0)?;
+    page.count(UNSOUND, reading.scrubbed.1)
 }

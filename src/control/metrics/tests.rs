@@ -98,6 +98,7 @@ fn snapshot(replicas: usize) -> Snapshot {
             images: vec![("debian-12".to_owned(), Figures { raced: 3, ..Figures::default() })],
             disks: vec![Arc::new(source::Disk::new("a", None, 64))],
             repaired: (2, 1),
+            scrubbed: (1 << 20, 1),
         },
         promotion: Some(Promotion {
             rate_bytes: 1 << 25,
