@@ -212,7 +212,7 @@ mod tests {
             let (digest, disk, _) = copy(byte, disk, 0);
             Scrubbed { digest, disk, at: now() - ago, bad: 0 }
         };
-        let next = |copies: &[(Digest, Name, u64)], done: &[Scrubbed], hours| {
+        let next = |copies: &[(Digest, Name, u64)], done: &[Scrubbed], hours: u64| {
             let next = due(copies.to_vec(), done, Duration::from_secs(hours * 3600));
             next.map(|(digest, disk)| (digest.0[0], disk.to_string()))
         };
