@@ -76,7 +76,7 @@ impl Default for Counts {
 impl Counts {
     /// How many there are.
     pub fn total(&self) -> u64 {
-        self.buckets.iter().sum()
+        self.buckets.iter().fold(0, |sum: u64, count| sum.saturating_add(*count))
     }
 
     /// What was added since `earlier`.
@@ -90,12 +90,12 @@ impl Counts {
         counts
     }
 
-    /// Adds the counts of another.
+    /// Adds the counts of another, which may come from outside: what is too much for the sum is lost.
     pub fn add(&mut self, other: &Counts) {
         for (count, more) in self.buckets.iter_mut().zip(other.buckets.iter()) {
-            *count += more;
+            *count = count.saturating_add(*more);
         }
-        self.nanos += other.nanos;
+        self.nanos = self.nanos.saturating_add(other.nanos);
     }
 
     /// Those that took `nanos` or longer; their sum is that of their buckets' middles.
@@ -104,7 +104,8 @@ impl Counts {
         let mut counts = Counts::default();
         for at in bucket(nanos)..BUCKETS {
             counts.buckets[at] = self.buckets[at];
-            counts.nanos += self.buckets[at] * floor(at).midpoint(floor(at + 1));
+            let nanos = self.buckets[at].saturating_mul(floor(at).midpoint(floor(at + 1)));
+            counts.nanos = counts.nanos.saturating_add(nanos);
         }
         counts
     }
@@ -119,9 +120,9 @@ impl Counts {
     pub fn quantile(&self, share: f64) -> Option<u64> {
         let total = self.total();
         let rank = ((total as f64 * share).ceil() as u64).clamp(1, total.max(1));
-        let mut seen = 0;
+        let mut seen = 0_u64;
         let found = self.buckets.iter().position(|count| {
-            seen += count;
+            seen = seen.saturating_add(*count);
             seen >= rank
         });
         found.filter(|_| total > 0).map(|bucket| floor(bucket).midpoint(floor(bucket + 1)))
@@ -141,6 +142,18 @@ mod tests {
         }
         assert_eq!(super::bucket(u64::MAX), BUCKETS - 1);
         assert!(floor(BUCKETS - 1) > 60_000_000_000);
+    }
+
+    #[test]
+    fn sums_end_where_numbers_do() {
+        let mut counts = Counts { nanos: u64::MAX, ..Counts::default() };
+        counts.buckets[3] = u64::MAX;
+        counts.buckets[BUCKETS - 1] = u64::MAX;
+        counts.add(&counts.clone());
+        assert_eq!((counts.total(), counts.nanos), (u64::MAX, u64::MAX));
+        assert_eq!(counts.above(1 << 20).nanos, u64::MAX);
+        assert_eq!(counts.mean(), Some(1));
+        assert!(counts.quantile(0.5).is_some() && counts.quantile(1.0).is_some());
     }
 
     #[test]
