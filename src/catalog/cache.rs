@@ -1,7 +1,8 @@
 //! Caches: chunks of images that were promoted to a disk. Their content is `promote`'s; here they are
 //! only made, found and removed.
 //!
-//! Nothing of it is durable on purpose: a cache that is gone or damaged after a crash is made anew.
+//! Nothing of it is durable on purpose: a cache that is gone or damaged after a crash is made anew. What
+//! says whose it is, its header, is compared when it is opened.
 
 use std::{fs::File, os::unix::fs::FileExt};
 
@@ -70,6 +71,11 @@ impl Node {
             if found.context(|| "looking at its files")? != (data_len, *table) {
                 return Err(Error::new(Kind::Corrupt, "its files are cut short"));
             }
+            let mut told = vec![0; header.len()];
+            chunks.read_exact_at(&mut told, 0).context(|| "reading its header")?;
+            if told != *header {
+                return Err(Error::new(Kind::Corrupt, "its table is that of another image"));
+            }
             // What the page cache holds of it may never have reached the disk.
             posix_fadvise(&data, 0, 0, PosixFadviseAdvice::POSIX_FADV_DONTNEED)
                 .context(|| "dropping what is cached of it")?;
@@ -92,6 +98,22 @@ impl Node {
             open => open,
         };
         opened.map_err(|error| error.within(format!("disk {disk}: cache of image {digest}")))
+    }
+
+    /// Whether nothing that this node knows can bring the image back, so that what was promoted of it
+    /// serves nobody: it has no copy, not even a damaged one, no replica stands on it, and no disk is away
+    /// that could hold either.
+    pub fn is_image_gone(&self, digest: Digest) -> bool {
+        let view = self.0.view();
+        !view.images.contains_key(&digest)
+            && view.missing().is_empty()
+            && view.users(digest).is_empty()
+    }
+
+    /// The size of an image, if a copy of it is there.
+    pub fn image_size(&self, digest: Digest) -> Option<u64> {
+        let view = self.0.view();
+        view.images.get(&digest)?.copies.first().map(|copy| copy.found.record.size)
     }
 
     /// Removes the disk's cache of this image, if there is one.

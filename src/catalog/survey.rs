@@ -6,9 +6,10 @@ use std::collections::HashMap;
 use uuid::Uuid;
 
 use super::{
+    name::{Digest, Name},
     node::Node,
     report::{away_status, disk_status, image_status, node_status, replica_status, taken, told},
-    status::{DiskState, DiskStatus, ImageStatus, NodeStatus, ReplicaStatus},
+    status::{CopyState, DiskState, DiskStatus, ImageStatus, NodeStatus, ReplicaStatus},
 };
 
 /// What is known without asking a disk, all of one moment. Sizes of disks and of replicas' files are
@@ -51,6 +52,24 @@ impl Node {
             images: view.images.iter().map(|(id, image)| image_status(&view, *id, image)).collect(),
             replicas: here.chain(away).collect(),
         }
+    }
+
+    /// Every disk, in the order in which they were added, without asking any: sizes are 0.
+    pub fn known_disks(&self) -> Vec<DiskStatus> {
+        let view = self.0.view();
+        view.disks.iter().map(|slot| disk_status(&view, slot)).collect()
+    }
+
+    /// Every copy that serves, with its disk and its image's size, without asking any disk.
+    pub fn known_copies(&self) -> Vec<(Name, Digest, u64)> {
+        let view = self.0.view();
+        let copies = view.images.values().flat_map(|image| &image.copies);
+        let ready = copies.filter(|copy| copy.state() == CopyState::Ready);
+        let told = ready.filter_map(|copy| {
+            let record = &copy.found.record;
+            Some((view.disk_name(copy.disk)?.clone(), record.digest, record.size))
+        });
+        told.collect()
     }
 
     /// Asks the disk of this id; `None` if it isn't there. Waits for as long as the disk does.

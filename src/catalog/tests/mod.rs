@@ -1,5 +1,6 @@
 //! Tests of the catalogue as a whole, on directories of a temporary one.
 
+mod caches;
 mod dir;
 mod hostile;
 mod kill;
