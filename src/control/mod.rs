@@ -34,6 +34,7 @@ mod metrics;
 mod promotion;
 mod routes;
 mod scrub;
+mod surveys;
 mod tails;
 mod upload;
 mod views;

@@ -11,8 +11,8 @@
 //! are counted as they happen. `docs/metrics.md` lists every metric.
 //!
 //! Invariants:
-//! - A scrape waits for no disk longer than [`surveys::PATIENCE`], once; what a disk that does not
-//!   answer said last is told with its age.
+//! - A scrape waits for no disk longer than [`PATIENCE`](super::surveys::PATIENCE), once; what a disk
+//!   that does not answer said last is told with its age.
 //! - Labels are names of disks, images and replicas, as many as there are, and words of a fixed list.
 
 mod disks;
@@ -28,7 +28,6 @@ mod reads;
 mod replicas;
 mod snapshot;
 mod sources;
-mod surveys;
 
 #[cfg(test)]
 mod tests;
@@ -48,9 +47,9 @@ pub use self::{
     promotion::{PromotingDisk, Promotion},
     snapshot::Sources,
 };
-use self::{page::Page, process::Process, snapshot::Snapshot, surveys::Surveys};
+use self::{page::Page, process::Process, snapshot::Snapshot};
 use crate::{
-    control::service::blocking,
+    control::{service::blocking, surveys::Surveys},
     error::{Error, Kind, Result},
     histogram::Histogram,
 };

@@ -8,7 +8,7 @@ use std::{
 
 use uuid::Uuid;
 
-use super::{page::Latency, probes::Probes, promotion::Promotion, sources::Reading, surveys::Told};
+use super::{page::Latency, probes::Probes, promotion::Promotion, sources::Reading};
 use crate::{
     blockdev::{
         figures::{Front, Operation},
@@ -20,6 +20,7 @@ use crate::{
     control::{
         exports::{Exports, IMAGE, REPLICA},
         health::Health,
+        surveys::Told,
         views::Seat,
     },
     cow::Stats,
