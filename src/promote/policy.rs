@@ -154,11 +154,11 @@ impl Policy {
         }
     }
 
-    /// Keeps these chunks in the cache, whatever their heat, and promotes those that are not there.
+    /// Those of these chunks that are not pinned, if [`Policy::pin`] would pin them.
     ///
     /// # Errors
-    /// [`Kind::NoSpace`] if that makes more than [`PINS`]; then none of them is pinned.
-    pub fn pin(&mut self, keys: &[Key]) -> Result<()> {
+    /// As there.
+    pub fn pinnable(&self, keys: &[Key]) -> Result<BTreeSet<Key>> {
         let fresh: BTreeSet<Key> =
             keys.iter().copied().filter(|&key| !self.heat.is_pinned(key)).collect();
         if fresh.len() > PINS - self.pins {
@@ -169,6 +169,15 @@ impl Policy {
             );
             return Err(Error::new(Kind::NoSpace, context));
         }
+        Ok(fresh)
+    }
+
+    /// Keeps these chunks in the cache, whatever their heat, and promotes those that are not there.
+    ///
+    /// # Errors
+    /// [`Kind::NoSpace`] if that makes more than [`PINS`]; then none of them is pinned.
+    pub fn pin(&mut self, keys: &[Key]) -> Result<()> {
+        let fresh = self.pinnable(keys)?;
         self.pins += fresh.len();
         // In the order they were given, so that what is needed first comes first.
         for &key in keys.iter().filter(|key| fresh.contains(key)) {
@@ -211,6 +220,15 @@ impl Policy {
         }
         self.warm.extend(keys);
         Ok(())
+    }
+
+    /// The image's cache is gone, with all that was in it. Its chunks keep their heat and their pins;
+    /// what is on its way is answered yet.
+    pub fn lost(&mut self, image: u32) {
+        let inside =
+            |key: &Key| matches!(self.heat.state(*key), Some(State::Cached | State::Leaving));
+        let keys: Vec<Key> = self.heat.of_image(image).filter(inside).collect();
+        keys.into_iter().for_each(|key| self.dropped(key));
     }
 
     /// Forgets an image: it is gone, and its chunks with it.

@@ -161,6 +161,12 @@ fn act(random: &mut fastrand::Rng, policy: &mut Policy, model: &mut Model) {
     policy.promoted(stranger);
     policy.failed(stranger);
     policy.dropped(stranger);
+    if random.u32(0..50) == 0 {
+        let image = random.u32(0..IMAGES);
+        policy.lost(image);
+        let inside = |state: &State| matches!(state, State::Cached | State::Leaving);
+        model.states.retain(|key, state| key.image != image || !inside(state));
+    }
     if random.u32(0..100) == 0 {
         let image = random.u32(0..IMAGES);
         policy.forget_image(image);
