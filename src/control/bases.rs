@@ -6,10 +6,16 @@ use std::{
     collections::HashMap,
     fs::File,
     future::Future,
-    pin::Pin,
+    pin::{Pin, pin},
     sync::{Arc, Mutex, MutexGuard, PoisonError, Weak},
+    time::Duration,
 };
 
+use futures_util::{
+    StreamExt,
+    future::{Either, select},
+    stream::FuturesUnordered,
+};
 use nix::fcntl::OFlag;
 use tokio::sync::Mutex as AsyncMutex;
 
@@ -23,7 +29,8 @@ use crate::{
     },
     error::{Context, Error, Kind, Result},
     image::{ChunkSum, ChunkTable},
-    io::{Ring, RingFile, Rings},
+    io::{Io, Ring, RingFile, Rings},
+    promote::Cache,
     source::{Content, Copy, Disk, Rescue, Sources, Verify},
     units::{self, Chunk},
 };
@@ -32,6 +39,8 @@ type Slot = Arc<AsyncMutex<Weak<Base>>>;
 
 /// Requests that a queue takes if the kernel doesn't tell.
 const DEPTH: usize = 64;
+/// How long caches are waited for that may have what no copy can give.
+const RESCUE: Duration = Duration::from_secs(10);
 
 /// The table of open images.
 pub struct Bases {
@@ -201,7 +210,8 @@ fn arrange(copies: &mut [Arc<Copy<Ring>>]) {
     });
 }
 
-fn load_table(digest: Digest, copy: &OpenCopy) -> Result<ChunkTable> {
+/// The chunk table of a copy, if it is that of the image.
+pub(super) fn load_table(digest: Digest, copy: &OpenCopy) -> Result<ChunkTable> {
     let table = ChunkTable::load(&copy.chunks, &format!("the chunk table of image {digest}"))?;
     if table.digest().0 != digest.0 || table.size() != copy.size {
         return Err(Error::new(
@@ -239,27 +249,98 @@ struct Caches {
 impl Rescue for Caches {
     fn chunk(&self, chunk: Chunk) -> Pin<Box<dyn Future<Output = Option<Vec<u8>>> + Send>> {
         let seats = self.views.all().into_iter().filter(|seat| seat.digest == self.digest);
-        let views: Vec<_> = seats.map(|seat| seat.view.clone()).collect();
+        let caches: Vec<_> = seats.filter_map(|seat| seat.view.cache()).collect();
         let len = self.size.saturating_sub(chunk.offset()).min(units::CHUNK) as usize;
         let rings = self.rings.clone();
         Box::pin(async move {
             let read = rings.run(rings.pick(), move |ring| async move {
-                use crate::io::Io;
-                for cache in views.iter().filter_map(|view| view.cache()) {
-                    let Some(lease) = cache.lease(chunk) else { continue };
-                    let buf = ring.alloc(len);
-                    if cache.read(&ring, lease, chunk.offset(), buf.clone()).await.is_ok() {
-                        return Some(buf.to_vec());
-                    }
-                }
-                None
+                first_of(&ring, &caches, chunk, len).await
             });
             read.await.flatten()
         })
     }
 }
 
+/// A chunk of `len` bytes from the cache that is the first to give it. All are asked at once: a disk that
+/// hangs holds nobody up, and where no other has the chunk it is given up in the end.
+async fn first_of<I: Io>(
+    io: &I,
+    caches: &[Arc<Cache<I>>],
+    chunk: Chunk,
+    len: usize,
+) -> Option<Vec<u8>> {
+    let leased = caches.iter().filter_map(|cache| Some((cache, cache.lease(chunk)?)));
+    let mut reads: FuturesUnordered<_> = leased
+        .map(|(cache, lease)| async move {
+            let buf = io.alloc(len);
+            let read = cache.read(io, lease, chunk.offset(), buf.clone()).await;
+            read.ok().map(|()| buf.to_vec())
+        })
+        .collect();
+    let first = async {
+        while let Some(read) = reads.next().await {
+            if read.is_some() {
+                return read;
+            }
+        }
+        None
+    };
+    match select(pin!(first), pin!(io.sleep(RESCUE))).await {
+        Either::Left((read, _)) => read,
+        Either::Right(_) => None,
+    }
+}
+
 fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     // Nothing here panics half way through a change to a table.
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+#[cfg(test)]
+mod tests {
+    //! Checked: of the caches that have a chunk the first that answers gives it, whoever hangs or fails.
+
+    use super::*;
+    use crate::{
+        io::{Buf, sim::Sim},
+        promote::cache::entry,
+        units::CHUNK,
+    };
+
+    #[test]
+    fn a_cache_that_hangs_holds_up_no_rescue() {
+        let (mut given, mut not) = (0, 0);
+        for seed in 0..60 {
+            let sim = Sim::new(seed);
+            let (digest, content) = (Digest([3; 32]), vec![7; CHUNK as usize]);
+            let mut files = Vec::new();
+            let caches: Vec<_> = (0..3)
+                .map(|_| {
+                    let data = sim.create(1, &[], CHUNK);
+                    let table = entry::header(&digest, CHUNK);
+                    let table = sim.create(1, &table, entry::file_len(CHUNK));
+                    files.push(data);
+                    Arc::new(Cache::<Sim>::new("test", data, table, digest, CHUNK))
+                })
+                .collect();
+            for cache in &caches[..2] {
+                let bytes = [(Chunk(0), Buf::from_bytes(&content))];
+                sim.run_one(cache.fill(&sim, &bytes), None).unwrap().unwrap();
+            }
+            sim.set_hung(files[0], true);
+            if seed % 2 == 0 {
+                sim.set_read_faults(files[1], 1024);
+            }
+            let read = sim.run_one(first_of(&sim, &caches, Chunk(0), content.len()), None);
+            match read.expect("it has an end") {
+                Some(bytes) => {
+                    assert!(bytes == content && seed % 2 == 1);
+                    given += 1;
+                }
+                // The seed let the time pass first, or the only other one failed.
+                None => not += 1,
+            }
+        }
+        assert!(given > 5 && not >= 30, "{given} {not}");
+    }
 }

@@ -296,7 +296,7 @@ impl Exports {
             let (node, by, size) = (self.node.clone(), name.clone(), overlay.size());
             blocking(move || node.set_replica_size(&by, size)).await?;
         }
-        let view = self.views.of(&status.disk, status.digest, &base);
+        let view = self.views.of(&status.disk, status.digest, &base)?;
         let replica = Arc::new(Replica::new(overlay, base, view, rotational));
         let export = format!("{REPLICA}{name}");
         let export = Arc::new(Export {

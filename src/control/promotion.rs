@@ -9,7 +9,7 @@
 //! ```
 //!
 //! Invariants:
-//! - A tick waits for no disk: what is known of the disks is as old as the slowest of them answers.
+//! - A tick waits for no disk, nor does what is known of one disk for another that hangs.
 //! - Nothing here is needed to serve a read. Whatever fails, reads go to the copy.
 
 mod mover;
@@ -23,26 +23,32 @@ pub use requests::recording_length;
 
 use std::{
     collections::{BTreeMap, HashMap},
+    panic::{AssertUnwindSafe, catch_unwind},
     sync::{Arc, Mutex, MutexGuard, PoisonError, Weak},
     time::{Duration, Instant},
 };
 
-use tokio::{task::JoinHandle, time::MissedTickBehavior};
+use tokio::{
+    sync::oneshot::{self, error::TryRecvError},
+    time::MissedTickBehavior,
+};
+use uuid::Uuid;
 
 use self::{
-    mover::{Bench, Mover, Order},
+    mover::{Bench, Mover, Order, Turns},
     pins::Pins,
-    plan::{Images, Plan, Reads},
+    plan::{Images, PinsTold, Plan, Reads},
     report::Probes,
     watch::{Scene, Watched},
 };
 use crate::{
-    catalog::{Digest, DiskState, DiskStatus, Name, Node},
+    catalog::{Digest, DiskState, DiskStatus, Name, Node, Survey},
     control::{
         agent,
         config::Config,
         exports::Exports,
         service::blocking,
+        surveys::{Surveys, Told},
         views::{Seat, Views},
     },
     error::{Context, Error, Result},
@@ -56,21 +62,26 @@ use crate::{
 
 /// How often is decided.
 const TICK: Duration = Duration::from_secs(1);
+/// How old may be what a disk told of itself.
+const FRESH: Duration = Duration::from_secs(5);
+/// How long one may take who ends the work on a disk that was removed.
+const LEAVING: Duration = Duration::from_secs(5);
 
 /// The promotion of a node.
 pub struct Promotion {
     bench: Arc<Bench>,
     /// Percent of a disk that its cache may take.
     percent: u64,
+    surveys: Arc<Surveys>,
     state: Mutex<State>,
 }
 
 struct State {
     disks: Vec<DiskStatus>,
-    /// A look at the disks that is under way.
-    looking: Option<JoinHandle<Result<Look>>>,
-    /// What that look will bring is older than what is known by now.
-    outdated: bool,
+    /// What they told when they were asked last.
+    told: HashMap<Uuid, Told>,
+    /// What the agent is to watch from now on, while somebody finds that out.
+    watching: Option<oneshot::Receiver<Watched>>,
     plans: BTreeMap<Name, Plan>,
     images: Images,
     signals: Signals<Name>,
@@ -79,13 +90,6 @@ struct State {
     /// Chunks of images in the order of their first reads, since their recordings began.
     recordings: HashMap<Digest, Recording>,
     ticked: Instant,
-}
-
-/// What a look at the disks brought.
-struct Look {
-    disks: Vec<DiskStatus>,
-    /// What the agent is to watch from now on, if that changed.
-    changed: Option<Watched>,
 }
 
 /// A profile in the making.
@@ -111,16 +115,18 @@ impl Promotion {
             exports,
             views,
             rings: Arc::new(rings),
+            turns: Turns::default(),
             caching: config.image_io,
             rate: config.promote_mib << 20,
         };
         let promotion = Arc::new(Promotion {
             bench: Arc::new(bench),
             percent: config.cache_percent,
+            surveys: Arc::default(),
             state: Mutex::new(State {
                 disks: Vec::new(),
-                looking: None,
-                outdated: false,
+                told: HashMap::new(),
+                watching: None,
                 plans: BTreeMap::new(),
                 images: Images::default(),
                 signals: Signals::default(),
@@ -144,71 +150,77 @@ impl Promotion {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Takes in what the last look at the disks brought, and begins another.
-    async fn look(&self) {
-        let finished = {
-            let mut state = self.state();
-            match &state.looking {
-                Some(looking) if !looking.is_finished() => return,
-                _ => state.looking.take(),
+    /// Asks the disks how they are; one that doesn't answer is not waited for, or not long.
+    async fn ask(&self) {
+        let disks = self.bench.node.known_disks().into_iter().map(|disk| disk.id).collect();
+        let told = self.surveys.ask(&self.bench.node, disks).await;
+        self.state().told = told;
+    }
+
+    /// Takes in which disks are there by now, and what they told.
+    fn look(&self, state: &mut State) {
+        let State { disks, told, watching, watched, probes, .. } = state;
+        let node = &self.bench.node;
+        *disks = node.known_disks();
+        for disk in disks.iter_mut().filter(|disk| disk.state == DiskState::Present) {
+            if let Some(changed) = fresh(told, disk).and_then(|told| told.changed) {
+                disk.state = changed;
+                disk.reason =
+                    Some("it can't be written as it was: see `underlay disk list`".into());
             }
-        };
-        let found = match finished {
-            Some(looking) => looking.await.ok().and_then(Result::ok),
-            None => None,
-        };
-        let mut state = self.state();
-        let (node, watched) = (self.bench.node.clone(), state.watched.clone());
-        state.looking = Some(tokio::spawn(blocking(move || {
-            let scene = Scene::of(&node);
-            // Copies lie where they lie: extents are asked for once.
-            let changed = (!watched.is_of(&scene))
-                .then(|| Watched::of(&node, scene, watched.watch.generation + 1));
-            Ok(Look { disks: node.disks(), changed })
-        })));
-        if std::mem::take(&mut state.outdated) {
-            return;
         }
-        if let Some(look) = found {
-            state.disks = look.disks;
-            if let Some(changed) = look.changed {
-                state.probes.follow(changed.followed());
-                state.watched = Arc::new(changed);
+        match watching.as_mut().map(oneshot::Receiver::try_recv) {
+            // A disk that hangs: what was watched until now still is.
+            Some(Err(TryRecvError::Empty)) => return,
+            Some(Ok(changed)) => {
+                probes.follow(&changed);
+                *watched = Arc::new(changed);
             }
+            Some(Err(TryRecvError::Closed)) | None => {}
+        }
+        *watching = None;
+        let scene = Scene::of(node);
+        // Copies lie where they lie: extents are asked for once.
+        if !watched.is_of(&scene) {
+            let (found, result) = oneshot::channel();
+            let (node, generation) = (node.clone(), watched.watch.generation + 1);
+            tokio::task::spawn_blocking(move || {
+                // Nobody waits for it when the daemon ends.
+                let _ = found.send(Watched::of(&node, scene, generation));
+            });
+            *watching = Some(result);
         }
     }
 
     /// Decides.
-    ///
-    /// Returns the disks that have a plan only now.
-    fn tick(&self) -> Result<Vec<Name>> {
-        let seats = self.bench.views.all();
+    fn tick(&self) -> Result<()> {
         let mut state = self.state();
         let elapsed = std::mem::replace(&mut state.ticked, Instant::now()).elapsed();
-        let new = self.plan(&mut state)?;
+        self.look(&mut state);
+        self.plan(&mut state)?;
+        // Under the lock: whoever forgets an image waits, and no plan hears of it afterwards.
+        let seats = self.bench.views.all();
         let reads = take_in(&mut state, &seats);
         let State { plans, images, signals, disks, .. } = &mut *state;
         for (disk, plan) in plans {
-            plan.hear(images);
+            plan.hear(images, &self.bench.views);
             let here: Vec<&Arc<Seat>> = seats.iter().filter(|seat| seat.disk == *disk).collect();
-            for seat in here.iter().filter(|seat| seat.is_given_up()) {
-                images.find(seat.digest).into_iter().for_each(|it| plan.policy.forget_image(it));
-            }
+            plan.look_into(&here, images);
             let local = signals.latency(disk, tier(disks, disk)).median;
             let reads = reads.get(disk).map(Vec::as_slice).unwrap_or_default();
             let decided = plan.decide(elapsed, reads, local, self.bench.rate);
             let mut orders =
                 Orders { disk, views: &self.bench.views, images, orders: BTreeMap::new() };
-            for Key { image, chunk } in decided.evict {
-                orders.of(image).into_iter().for_each(|order| order.evict.push(chunk));
+            for key in decided.evict {
+                match orders.of(key.image) {
+                    Some(order) => order.evict.push(key.chunk),
+                    None => plan.policy.dropped(key),
+                }
             }
-            for Key { image, chunk } in decided.promote {
-                orders.of(image).into_iter().for_each(|order| order.promote.push(chunk));
-            }
-            if plan.doubts(&here) || std::mem::take(&mut plan.sweep) {
-                // The mover sweeps what was withdrawn.
-                for seat in here {
-                    orders.images.find(seat.digest).and_then(|image| orders.of(image).map(drop));
+            for key in decided.promote {
+                match orders.of(key.image) {
+                    Some(order) => order.promote.push(key.chunk),
+                    None => plan.policy.failed(key),
                 }
             }
             let orders = orders.orders;
@@ -216,37 +228,75 @@ impl Promotion {
                 plan.mover.order(orders.into_values().collect());
             }
         }
-        Ok(new)
+        Ok(())
     }
 
-    /// Gives every disk that is there a plan, and takes it from those that are not. The new ones.
-    fn plan(&self, state: &mut State) -> Result<Vec<Name>> {
-        let State { disks, plans, .. } = state;
+    /// Gives every disk that is there a plan, and takes it from those that are not.
+    fn plan(&self, state: &mut State) -> Result<()> {
+        let State { disks, told, plans, .. } = state;
         let there = |disk: &DiskStatus| {
             matches!(disk.state, DiskState::Present | DiskState::ReadOnly) && !disk.pool
         };
-        let mut new = Vec::new();
-        plans.retain(|name, _| {
-            let stays = disks.iter().any(|disk| disk.name == *name && there(disk));
-            if !stays {
-                // Should it come back, its caches are looked through anew.
-                self.bench.views.all().iter().filter(|seat| seat.disk == *name).for_each(|seat| {
-                    seat.view.cache().into_iter().for_each(|cache| cache.close());
-                });
+        let views = &self.bench.views;
+        plans.retain(|name, plan| {
+            let same = |disk: &&DiskStatus| disk.id == plan.id && disk.name == *name;
+            let known = disks.iter().find(same);
+            if known.is_some_and(there) {
+                return true;
             }
-            stays
+            // First nobody opens any more, then all that is open is given up. Should the disk come back,
+            // its caches are looked through anew.
+            plan.mover.end();
+            match known {
+                Some(_) => views.all().iter().filter(|seat| seat.disk == *name).for_each(|seat| {
+                    seat.view.give_up();
+                }),
+                // Another may have its name by now.
+                None => views.forget(|seat| seat.disk == *name),
+            }
+            false
         });
         for disk in disks.iter().filter(|disk| there(disk)) {
             if !plans.contains_key(&disk.name) {
-                let mover = Mover::start(disk.name.clone(), self.bench.clone());
-                plans.insert(disk.name.clone(), Plan::new(mover)?);
-                new.push(disk.name.clone());
+                let mover = Mover::start(disk.name.clone(), disk.id, self.bench.clone());
+                plans.insert(disk.name.clone(), Plan::new(disk.id, mover)?);
             }
             if let Some(plan) = plans.get_mut(&disk.name) {
-                plan.look_at(disk, self.percent);
+                plan.look_at(disk, fresh(told, disk), self.percent);
             }
         }
-        Ok(new)
+        Ok(())
+    }
+
+    /// Ends the work on disks that the node does not know any more, and closes what is open there.
+    pub async fn leave_disks(&self) {
+        let left: Vec<_> = {
+            let mut state = self.state();
+            let before: Vec<_> = state.plans.values().map(|plan| plan.id).collect();
+            self.look(&mut state);
+            if let Err(error) = self.plan(&mut state) {
+                tracing::warn!(%error, "nothing is promoted");
+            }
+            let stays = |id| state.plans.values().any(|plan| plan.id == id);
+            before.into_iter().filter(|id| !stays(*id)).collect()
+        };
+        let turns: Vec<_> = left.into_iter().map(|id| self.bench.turns.of(id)).collect();
+        let ended = futures_util::future::join_all(turns.iter().map(|turn| turn.lock()));
+        if tokio::time::timeout(LEAVING, ended).await.is_err() {
+            tracing::warn!("a disk that was removed doesn't answer: its caches are open still");
+        }
+    }
+
+    /// The disks whose policies are to be told now what is pinned.
+    fn untold(&self) -> Vec<Name> {
+        let mut state = self.state();
+        let due = |plan: &Plan| matches!(plan.pins, PinsTold::Not(at) if at <= Instant::now());
+        let untold = state.plans.iter_mut().filter(|(_, plan)| due(plan));
+        let taken = untold.map(|(disk, plan)| {
+            plan.pins = PinsTold::Soon;
+            disk.clone()
+        });
+        taken.collect()
     }
 }
 
@@ -261,10 +311,12 @@ struct Orders<'a> {
 impl Orders<'_> {
     /// The order for the image of this handle.
     fn of(&mut self, image: u32) -> Option<&mut Order> {
-        let (digest, size) = self.images.of(image)?;
-        let seat = || self.views.seat(self.disk, digest, size);
-        let order = || Order { seat: seat(), evict: Vec::new(), promote: Vec::new() };
-        Some(self.orders.entry(image).or_insert_with(order))
+        if let std::collections::btree_map::Entry::Vacant(vacant) = self.orders.entry(image) {
+            let (digest, size) = self.images.of(image)?;
+            let seat = self.views.seat(self.disk, digest, size).ok()?;
+            vacant.insert(Order { seat, evict: Vec::new(), promote: Vec::new() });
+        }
+        self.orders.get_mut(&image)
     }
 }
 
@@ -274,16 +326,18 @@ async fn tick_for_ever(promotion: Weak<Promotion>) {
     loop {
         ticks.tick().await;
         let Some(promotion) = promotion.upgrade() else { return };
-        promotion.look().await;
-        match promotion.tick() {
-            Ok(new) => {
-                for disk in new {
-                    // It opens copies, whose disks may hang.
-                    let promotion = promotion.clone();
-                    tokio::spawn(async move { promotion.pin_again(disk).await });
-                }
-            }
-            Err(error) => tracing::warn!(%error, "nothing is promoted"),
+        promotion.ask().await;
+        match catch_unwind(AssertUnwindSafe(|| promotion.tick())) {
+            Ok(Ok(())) => {}
+            Ok(Err(error)) => tracing::warn!(%error, "nothing is promoted"),
+            // The panic itself is in the log. The next tick finds plans that are whole, if less than
+            // was decided.
+            Err(_) => tracing::error!("a tick of promotion failed; the next goes on"),
+        }
+        for disk in promotion.untold() {
+            // It opens copies, whose disks may hang.
+            let promotion = promotion.clone();
+            tokio::spawn(async move { promotion.pin_again(disk).await });
         }
     }
 }
@@ -310,7 +364,8 @@ fn take_in(state: &mut State, seats: &[Arc<Seat>]) -> HashMap<Name, Vec<Reads>> 
     }
     let mut reads: HashMap<Name, Vec<Reads>> = HashMap::new();
     for (seat, touches, copy_disk) in read {
-        let Some(copy_disk) = copy_disk.filter(|disk| *disk != seat.disk) else { continue };
+        // A disk that has a copy of its own needs no cache, whichever is read first.
+        let Some(copy_disk) = copy_disk.filter(|_| !seat.has_copy_here()) else { continue };
         let latency = signals.latency(&copy_disk, tier(disks, &copy_disk));
         let image = images.handle(seat.digest, seat.size);
         let key = |chunk| Key { image, chunk };
@@ -340,6 +395,11 @@ fn take_in(state: &mut State, seats: &[Arc<Seat>]) -> HashMap<Name, Vec<Reads>> 
         });
     }
     reads
+}
+
+/// What a disk told a moment ago.
+fn fresh<'a>(told: &'a HashMap<Uuid, Told>, disk: &DiskStatus) -> Option<&'a Survey> {
+    told.get(&disk.id).filter(|told| told.age() < FRESH).map(|told| &*told.survey)
 }
 
 fn tier(disks: &[DiskStatus], name: &Name) -> Option<crate::catalog::Tier> {

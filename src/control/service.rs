@@ -253,6 +253,8 @@ impl Service {
     pub async fn remove_disk(&self, name: Name) -> Result<Removed> {
         let (node, by) = (self.node.clone(), name.clone());
         let forgotten = blocking(move || node.remove_disk(&by)).await?;
+        // Whoever removed it unmounts it next, or gives its name to another.
+        self.promotion.leave_disks().await;
         tracing::info!(disk = %name, ?forgotten, "disk removed");
         let note = match forgotten {
             catalog::Forgotten::Erased => None,

@@ -16,6 +16,8 @@
 //! - What is read is compared with the sums of its 4 KiB blocks, unless it went to memory that the
 //!   processor can't see. On any doubt, an error of the disk among them, the chunk is withdrawn.
 //! - One task fills and empties a cache; any number reads it. Readers take no lock.
+//! - A cache that was given up never has a chunk present again. Its files are opened anew only when
+//!   nobody holds it any more ([`View`](super::View)): two would punch under each other's readers.
 
 pub mod entry;
 
@@ -28,6 +30,7 @@ use crate::pages::Pages;
 use crate::{
     catalog::Digest,
     error::{Context, Error, Kind, Result},
+    image::{ChunkSum, sha256},
     io::{Buf, Io, read_any},
     units::{self, BLOCK, BLOCKS_PER_CHUNK, CHUNK, Chunk},
 };
@@ -39,8 +42,10 @@ const STORED: u32 = 1 << 30;
 /// The rest of a slot's state counts readers.
 const READERS: u32 = STORED - 1;
 
-/// Failed reads after which the whole cache is given up.
+/// Failed reads after which the whole cache is given up, if no others come between.
 const FAILURES: u32 = 16;
+/// Good reads that make up for a failed one.
+const AMENDS: u32 = 16;
 /// Bytes of the table that are read at once.
 const TABLE_READ: usize = 64 << 10;
 
@@ -53,7 +58,9 @@ pub struct Cache<I: Io> {
     size: u64,
     slots: Pages<Slot>,
     stored: AtomicU64,
+    present: AtomicU64,
     doubts: AtomicU64,
+    /// Each failed read adds [`AMENDS`], each good one takes one away.
     failures: AtomicU32,
     closed: AtomicBool,
 }
@@ -102,6 +109,7 @@ impl<I: Io> Cache<I> {
             size,
             slots: Pages::new(units::chunks(size)),
             stored: AtomicU64::new(0),
+            present: AtomicU64::new(0),
             doubts: AtomicU64::new(0),
             failures: AtomicU32::new(0),
             closed: AtomicBool::new(false),
@@ -116,26 +124,49 @@ impl<I: Io> Cache<I> {
         }
         let before = slot.state.fetch_add(1, Ordering::Acquire);
         let lease = Lease { slot, chunk };
-        (before & PRESENT != 0).then_some(lease)
+        (before & PRESENT != 0 && !self.is_closed()).then_some(lease)
     }
 
     /// Fills `buf` from `offset`; all of it lies in the leased chunk. After an error the buffer's
     /// content is arbitrary and the chunk is withdrawn: read the copy.
     pub async fn read(&self, io: &I, lease: Lease<'_>, offset: u64, buf: Buf) -> Result<()> {
-        let read = self.read_checked(io, &lease, offset, &buf).await;
-        read.inspect_err(|error| {
-            // Lent memory may have been withdrawn: that says nothing of the disk.
-            let lent = buf.is_lent();
-            self.withdraw(lease.chunk);
-            self.doubts.fetch_add(1, Ordering::Relaxed);
-            tracing::warn!(%error, "a cached chunk is dropped; the image's copy is read instead");
-            if error.kind() != Kind::Corrupt
-                && !lent
-                && self.failures.fetch_add(1, Ordering::Relaxed) + 1 >= FAILURES
-            {
-                self.close();
+        let end = offset.saturating_add(buf.len() as u64);
+        let chunk = lease.chunk.offset()..lease.chunk.offset() + self.len_of(lease.chunk) as u64;
+        if offset < chunk.start || end > chunk.end {
+            let what = format!("{}: {} bytes at {offset} of {chunk:?}", self.what, buf.len());
+            return Err(Error::new(Kind::Invalid, what));
+        }
+        match self.read_checked(io, &lease, offset, &buf).await {
+            Ok(()) => {
+                self.amend();
+                Ok(())
             }
-        })
+            Err(error) => {
+                self.doubt(lease.chunk, &error, &buf);
+                Err(error)
+            }
+        }
+    }
+
+    /// A read was good.
+    fn amend(&self) {
+        if self.failures.load(Ordering::Relaxed) != 0 {
+            let less = |failures: u32| failures.checked_sub(1);
+            let _ = self.failures.fetch_update(Ordering::Relaxed, Ordering::Relaxed, less);
+        }
+    }
+
+    fn doubt(&self, chunk: Chunk, error: &Error, buf: &Buf) {
+        self.withdraw(chunk);
+        self.doubts.fetch_add(1, Ordering::Relaxed);
+        tracing::warn!(%error, "a cached chunk is dropped; the image's copy is read instead");
+        // Lent memory that was withdrawn says nothing of the disk.
+        if error.kind() != Kind::Corrupt
+            && !buf.is_lost()
+            && self.failures.fetch_add(AMENDS, Ordering::Relaxed) + AMENDS >= FAILURES * AMENDS
+        {
+            self.close();
+        }
     }
 
     async fn read_checked(&self, io: &I, lease: &Lease<'_>, offset: u64, buf: &Buf) -> Result<()> {
@@ -182,9 +213,8 @@ impl<I: Io> Cache<I> {
         }
         let filled = self.store(io, &taken).await;
         for (chunk, content) in &taken {
-            match self.slots.get(*chunk) {
-                Some(slot) if filled.is_ok() && !self.is_closed() => present(slot, content),
-                _ => drop(self.reclaim(io, *chunk).await),
+            if filled.is_err() || !self.let_in(*chunk, content) {
+                self.reclaim(io, *chunk).await;
             }
         }
         filled
@@ -227,15 +257,34 @@ impl<I: Io> Cache<I> {
 
     /// No new reader enters; its space is given back by [`Cache::sweep`].
     pub fn withdraw(&self, chunk: Chunk) {
-        if let Some(slot) = self.slots.get(chunk) {
-            slot.state.fetch_and(!PRESENT, Ordering::AcqRel);
+        if let Some(slot) = self.slots.get(chunk)
+            && slot.state.fetch_and(!PRESENT, Ordering::SeqCst) & PRESENT != 0
+        {
+            self.present.fetch_sub(1, Ordering::Relaxed);
         }
+    }
+
+    /// Lets readers in, unless the cache was given up meanwhile. Whether they are.
+    pub(super) fn let_in(&self, chunk: Chunk, content: &Buf) -> bool {
+        let Some(slot) = self.slots.get(chunk) else { return false };
+        each_block(content, |index, block| {
+            slot.sums[index].store(crc32fast::hash(block), Ordering::Relaxed);
+        });
+        if slot.state.fetch_or(PRESENT, Ordering::SeqCst) & PRESENT == 0 {
+            self.present.fetch_add(1, Ordering::Relaxed);
+        }
+        // Whoever closes it withdraws what is present: if not this chunk, it is seen here.
+        if self.is_closed() {
+            self.withdraw(chunk);
+            return false;
+        }
+        true
     }
 
     /// Gives up all chunks, from now on for good; their space stays taken.
     pub fn close(&self) {
-        if !self.closed.swap(true, Ordering::Relaxed) {
-            tracing::warn!(cache = self.what, "given up: its disk fails");
+        if !self.closed.swap(true, Ordering::SeqCst) {
+            tracing::info!(cache = self.what, "given up, for now");
         }
         self.slots.each().for_each(|(chunk, _)| self.withdraw(chunk));
     }
@@ -307,19 +356,35 @@ impl<I: Io> Cache<I> {
         Ok(claims)
     }
 
-    /// Reads a chunk that an earlier process left, and makes it present if its content has this
-    /// CRC-32, which is the image's own; otherwise drops it. Whether it is present.
-    pub async fn admit(&self, io: &I, chunk: Chunk, crc: u32) -> bool {
-        if !self.take(chunk) {
+    /// Gives back the space of all but these chunks, which are in order. What an earlier process stored
+    /// may be there though its entry is not; nothing is stored yet by this one.
+    pub async fn clean(&self, io: &I, claimed: &[Chunk]) -> Result<()> {
+        let end = units::blocks(self.size) * BLOCK;
+        let mut from = 0;
+        for to in claimed.iter().map(|chunk| chunk.offset()).chain([end]) {
+            if from < to {
+                let punching = || format!("{}: giving back what nobody claims", self.what);
+                io.punch(&self.data, from..to).await.context(punching)?;
+            }
+            from = to + CHUNK;
+        }
+        Ok(())
+    }
+
+    /// Reads a chunk that an earlier process left, and makes it present if its content is what the
+    /// image has there; otherwise drops it. Whether it is present.
+    pub async fn admit(&self, io: &I, chunk: Chunk, image: &ChunkSum) -> bool {
+        if self.is_closed() || !self.take(chunk) {
             return false;
         }
         let content = io.alloc(self.len_of(chunk));
         let read = read_any(io, &self.data, content.clone(), chunk.offset()).await;
+        // The sum of 32 bits finds damage; somebody else's disk may hold what was made to fit it.
         if read.is_ok()
-            && sum(&content) == crc
-            && let Some(slot) = self.slots.get(chunk)
+            && sum(&content) == image.crc
+            && sha256(&content.to_vec()) == image.sha256
+            && self.let_in(chunk, &content)
         {
-            present(slot, &content);
             return true;
         }
         self.reclaim(io, chunk).await;
@@ -347,6 +412,12 @@ impl<I: Io> Cache<I> {
         self.stored.load(Ordering::Relaxed)
     }
 
+    /// Chunks whose space is taken though nobody may read them: [`Cache::sweep`] gives it back when their
+    /// last readers have left. Those that are being stored count as well.
+    pub fn withdrawn(&self) -> u64 {
+        self.stored().saturating_sub(self.present.load(Ordering::Relaxed))
+    }
+
     /// Chunks that were found to be wrong, or could not be read.
     pub fn doubts(&self) -> u64 {
         self.doubts.load(Ordering::Relaxed)
@@ -354,16 +425,8 @@ impl<I: Io> Cache<I> {
 
     /// Whether it was given up.
     pub fn is_closed(&self) -> bool {
-        self.closed.load(Ordering::Relaxed)
+        self.closed.load(Ordering::SeqCst)
     }
-}
-
-/// Lets readers in.
-fn present(slot: &Slot, content: &Buf) {
-    each_block(content, |index, block| {
-        slot.sums[index].store(crc32fast::hash(block), Ordering::Relaxed);
-    });
-    slot.state.fetch_or(PRESENT, Ordering::Release);
 }
 
 /// The CRC-32 of a buffer's bytes.

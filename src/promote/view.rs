@@ -2,9 +2,11 @@
 //! front of a copy that lies elsewhere.
 
 use std::{
-    sync::{Arc, OnceLock},
+    sync::{Arc, Mutex, MutexGuard, PoisonError, Weak},
     time::Instant,
 };
+
+use arc_swap::ArcSwapOption;
 
 use super::{
     cache::{Cache, Lease},
@@ -21,35 +23,65 @@ use crate::{
 pub struct View<I: Io> {
     /// What they read.
     pub demand: Demand,
-    cache: OnceLock<Arc<Cache<I>>>,
+    cache: ArcSwapOption<Cache<I>>,
+    /// The cache that was given up last.
+    former: Mutex<Weak<Cache<I>>>,
 }
 
 impl<I: Io> View<I> {
     /// Of an image of `size` bytes, of which nothing is promoted yet.
     pub fn new(size: u64) -> View<I> {
-        View { demand: Demand::new(size), cache: OnceLock::new() }
+        View {
+            demand: Demand::new(size),
+            cache: ArcSwapOption::empty(),
+            former: Mutex::new(Weak::new()),
+        }
     }
 
-    /// The chunks that were promoted to this disk, if a cache was made for them.
-    pub fn cache(&self) -> Option<&Arc<Cache<I>>> {
-        self.cache.get()
+    /// The chunks that were promoted to this disk, if a cache is open for them.
+    pub fn cache(&self) -> Option<Arc<Cache<I>>> {
+        self.cache.load_full()
     }
 
-    /// From now on chunks may be promoted to `cache`; there can be one only.
-    pub fn set_cache(&self, cache: Arc<Cache<I>>) -> &Arc<Cache<I>> {
-        self.cache.get_or_init(|| cache)
+    /// From now on chunks may be promoted to `cache`. It may be opened only where [`View::is_vacant`].
+    pub fn set_cache(&self, cache: Arc<Cache<I>>) {
+        debug_assert!(self.is_vacant(), "two caches on the same files");
+        self.cache.store(Some(cache));
+    }
+
+    /// Gives the cache up, if there is one: from now on the copy is read.
+    pub fn give_up(&self) -> Option<Arc<Cache<I>>> {
+        let mut former = self.former();
+        let cache = self.cache.swap(None)?;
+        cache.close();
+        *former = Arc::downgrade(&cache);
+        Some(cache)
+    }
+
+    /// Whether a cache may be opened: there is none, and nobody reads, fills or empties the one that was
+    /// given up before, whose files may be the same.
+    pub fn is_vacant(&self) -> bool {
+        let former = self.former();
+        self.cache.load().is_none() && former.strong_count() == 0
+    }
+
+    fn former(&self) -> MutexGuard<'_, Weak<Cache<I>>> {
+        // It is replaced as a whole.
+        self.former.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Fills `buf` from `offset` of the image: from the cache what is there, the rest from `copy`.
     pub async fn read<B: Base<I>>(&self, io: &I, copy: &B, offset: u64, buf: Buf) -> Result<()> {
-        let Some(cache) = self.cache.get() else {
+        // Held until the read has ended: nobody opens the files anew under it.
+        let Some(cache) = self.cache() else {
             return self.read_copy(io, copy, offset, buf).await;
         };
         let chunks = Chunk::at(offset).0..units::chunks(offset + buf.len() as u64);
         if chunks.end - chunks.start == 1 {
             let lease = cache.lease(Chunk(chunks.start));
-            return self.read_piece(io, copy, cache, lease, offset, buf).await;
+            return self.read_piece(io, copy, &cache, lease, offset, buf).await;
         }
+        let cache = &*cache;
         let pieces = Pieces { cache, offset, end: offset + buf.len() as u64, next: None };
         run_all(pieces.map(|(at, len, lease)| {
             let start = (at - offset) as usize;
@@ -168,7 +200,8 @@ mod tests {
             let table = sim.create(1, &entry::header(&digest, SIZE), entry::file_len(SIZE));
             let view = View::new(SIZE);
             let cache = Arc::new(Cache::new("test", data, table, digest, SIZE));
-            let cache = view.set_cache(cache);
+            view.set_cache(cache.clone());
+            let cache = &cache;
             let touched = Cell::new(0);
             let mut tasks: Vec<Task> = vec![Box::pin(async {
                 let mut rng = fastrand::Rng::with_seed(seed);
@@ -206,5 +239,61 @@ mod tests {
             near += cached;
         }
         assert!(far > 1000 && near > 1000, "{far} {near}");
+    }
+
+    #[test]
+    fn a_cache_follows_another_only_when_its_last_reader_has_left() {
+        let sim = Sim::new(1);
+        let image = Image(sim.create(1, &content(0, SIZE as usize), SIZE));
+        let data = sim.create(512, &[], CHUNKS * CHUNK);
+        let digest = Digest([3; 32]);
+        let table = sim.create(1, &entry::header(&digest, SIZE), entry::file_len(SIZE));
+        let view = View::new(SIZE);
+        let open = || Arc::new(Cache::new("test", data, table, digest, SIZE));
+        let fill = async |cache: &Cache<Sim>| {
+            let bytes = Buf::from_bytes(&content(0, CHUNK as usize));
+            cache.fill(&sim, &[(Chunk(0), bytes)]).await.unwrap();
+        };
+        let read = async || {
+            let buf = sim.alloc(4096);
+            view.read(&sim, &image, 0, buf.clone()).await.unwrap();
+            assert!(buf.to_vec() == content(0, 4096));
+        };
+        let cached = || view.demand.take().iter().map(|touch| touch.cache).sum::<u32>();
+        let first: Task = Box::pin(async {
+            assert!(view.is_vacant());
+            view.set_cache(open());
+            fill(&view.cache().unwrap()).await;
+            sim.set_hung(data, true);
+            // The chunk is leased, and the disk doesn't answer.
+            read().await;
+        });
+        let second: Task = Box::pin(async {
+            while view.cache().is_none_or(|cache| cache.present().is_empty()) {
+                sim.sleep(Default::default()).await;
+            }
+            while Arc::strong_count(&view.cache().unwrap()) < 3 {
+                sim.sleep(Default::default()).await;
+            }
+            let former = view.give_up().unwrap();
+            assert!(former.is_closed() && former.lease(Chunk(0)).is_none());
+            // What was under way there makes nothing present any more.
+            former.let_in(Chunk(0), &Buf::from_bytes(&content(0, CHUNK as usize)));
+            assert!(former.present().is_empty());
+            drop(former);
+            assert!(view.cache().is_none() && !view.is_vacant());
+            read().await;
+            sim.set_hung(data, false);
+            while !view.is_vacant() {
+                sim.sleep(Default::default()).await;
+            }
+            assert_eq!(cached(), 1);
+            // The reader, who was there all the time, has the new one.
+            view.set_cache(open());
+            fill(&view.cache().unwrap()).await;
+            read().await;
+            assert_eq!(cached(), 1);
+        });
+        assert!(matches!(sim.run(vec![first, second], None), End::Done(_)));
     }
 }

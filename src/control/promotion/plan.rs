@@ -1,11 +1,20 @@
 //! One disk's share of promotion: its policy, its mover, and what the policy is told.
 
-use std::{collections::HashMap, sync::Arc, time::Duration};
+use std::{
+    collections::HashMap,
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use uuid::Uuid;
 
 use super::mover::{Mover, Outcome};
 use crate::{
-    catalog::{Digest, DiskState, DiskStatus},
-    control::{api::CacheFigures, views::Seat},
+    catalog::{Digest, DiskState, DiskStatus, Survey},
+    control::{
+        api::CacheFigures,
+        views::{Seat, Views},
+    },
     error::Result,
     promote::{Decisions, Key, Policy, Settings, Tick, Touch, gain::CopyLatency},
     units::CHUNK,
@@ -44,6 +53,10 @@ impl Images {
 
 /// A disk that promotes.
 pub struct Plan {
+    /// The disk's identity.
+    pub id: Uuid,
+    /// Whether the policy knows what is pinned.
+    pub pins: PinsTold,
     /// Decides.
     pub policy: Policy,
     /// Carries out.
@@ -52,14 +65,27 @@ pub struct Plan {
     pub limit: u64,
     /// Why nothing is promoted, if so.
     pub off: Option<String>,
-    /// Chunks were withdrawn, whose space the mover is to give back.
-    pub sweep: bool,
     /// What the cache took when the disk was looked at.
     stored: u64,
     /// Bytes free for the cache, beyond what must stay free.
     free: u64,
+    /// Whether the disk ever told how it is: nothing leaves the cache until then.
+    seen: bool,
     /// Chunks that readers found to be wrong, or could not read.
     dropped: u64,
+    /// Those of caches that were given up.
+    dropped_before: u64,
+}
+
+/// Whether a policy knows what is pinned.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum PinsTold {
+    /// It is to be told, not before this.
+    Not(Instant),
+    /// Somebody finds out which chunks these are.
+    Soon,
+    /// It knows.
+    All,
 }
 
 /// What replicas of one disk read of one image in a tick, and how fast its copy is.
@@ -75,29 +101,39 @@ pub struct Reads {
 }
 
 impl Plan {
-    /// A plan carried out by `mover`.
-    pub fn new(mover: Mover) -> Result<Plan> {
+    /// A plan for the disk of this id, carried out by `mover`.
+    pub fn new(id: Uuid, mover: Mover) -> Result<Plan> {
         let policy = Policy::new(Settings::default())?;
         Ok(Plan {
+            id,
+            pins: PinsTold::Not(Instant::now()),
             policy,
             mover,
             limit: 0,
             off: None,
-            sweep: false,
             stored: 0,
             free: 0,
+            seen: false,
             dropped: 0,
+            dropped_before: 0,
         })
     }
 
-    /// Takes in how the disk is: `percent` of it is for the cache, unless it says otherwise.
-    pub fn look_at(&mut self, disk: &DiskStatus, percent: u64) {
-        let share = disk.total_bytes / 100 * percent;
-        let reserve = disk.total_bytes / RESERVE;
+    /// Takes in how the disk is, by what it told a moment ago: `percent` of it is for the cache, unless
+    /// it says otherwise.
+    pub fn look_at(&mut self, disk: &DiskStatus, told: Option<&Survey>, percent: u64) {
+        let Some(told) = told else {
+            // It keeps what it has, and gets no more.
+            self.free = 0;
+            return;
+        };
+        self.seen = true;
+        let share = told.total_bytes / 100 * percent;
+        let reserve = told.total_bytes / RESERVE;
         // Where less than the reserve is free, the cache gives way to whatever else needs the space.
-        let room = (self.stored + disk.free_bytes).saturating_sub(reserve);
+        let room = (self.stored + told.free_bytes).saturating_sub(reserve);
         self.limit = disk.cache_bytes.unwrap_or(share).min(room);
-        self.free = disk.free_bytes.saturating_sub(reserve);
+        self.free = told.free_bytes.saturating_sub(reserve);
         self.off = match disk.state {
             DiskState::Present if disk.cache_bytes.unwrap_or(share) < CHUNK => {
                 Some("its cache is switched off".to_owned())
@@ -113,25 +149,36 @@ impl Plan {
     }
 
     /// Takes in what became of earlier orders.
-    pub fn hear(&mut self, images: &mut Images) {
+    pub fn hear(&mut self, images: &mut Images, views: &Views) {
         for (seat, chunk, outcome) in self.mover.outcomes() {
+            if !views.holds(&seat) {
+                // Of an image that is gone, and was forgotten.
+                continue;
+            }
             let key = Key { image: images.handle(seat.digest, seat.size), chunk };
+            // Its cache may have been given up since, or the chunk doubted.
+            let here = seat.view.cache().is_some_and(|cache| cache.is_stored(chunk));
             match outcome {
-                Outcome::Promoted => self.policy.promoted(key),
-                Outcome::Found => self.policy.adopt(key),
-                Outcome::Failed => self.policy.failed(key),
+                Outcome::Promoted if here => self.policy.promoted(key),
+                Outcome::Found if here => self.policy.adopt(key),
+                Outcome::Promoted | Outcome::Failed => self.policy.failed(key),
+                Outcome::Found => {}
                 Outcome::Gone => self.policy.dropped(key),
             }
         }
     }
 
-    /// Takes in how full the caches are. Whether a reader had a doubt, so that the mover has to sweep.
-    pub fn doubts(&mut self, seats: &[&Arc<Seat>]) -> bool {
-        let stored = seats.iter().filter_map(|seat| seat.view.cache()).map(|cache| cache.stored());
-        self.stored = stored.sum::<u64>() * CHUNK;
-        let doubts = seats.iter().filter_map(|seat| seat.view.cache()).map(|cache| cache.doubts());
-        let before = std::mem::replace(&mut self.dropped, doubts.sum());
-        self.dropped != before
+    /// Takes in how the caches of its disk are: how full, and whether one has failed.
+    pub fn look_into(&mut self, seats: &[&Arc<Seat>], images: &Images) {
+        for seat in seats {
+            if let Some(cache) = seat.failed_cache() {
+                self.dropped_before += cache.doubts();
+                images.find(seat.digest).into_iter().for_each(|image| self.policy.lost(image));
+            }
+        }
+        let caches = || seats.iter().filter_map(|seat| seat.view.cache());
+        self.stored = caches().map(|cache| cache.stored()).sum::<u64>() * CHUNK;
+        self.dropped = self.dropped_before + caches().map(|cache| cache.doubts()).sum::<u64>();
     }
 
     /// Decides, of what was read in `elapsed` by replicas of this disk, whose own reads take `local`
@@ -154,7 +201,7 @@ impl Plan {
             hits: &hits,
             copies: &copies,
             local,
-            capacity: self.limit,
+            capacity: if self.seen { self.limit } else { u64::MAX },
             free: self.free,
             // While the mover works on an earlier order, no other is made.
             budget: if self.mover.is_free() { rate } else { 0 },

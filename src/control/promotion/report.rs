@@ -10,6 +10,7 @@ use underlay_agent::{
     report::{DiskReport, Load, Report},
 };
 
+use super::watch::Watched;
 use crate::{
     catalog::{Digest, Name},
     control::{
@@ -65,8 +66,8 @@ struct Class {
 
 impl Class {
     fn add(&mut self, load: &Load) {
-        self.bytes += load.bytes;
-        self.errors += load.errors;
+        self.bytes = self.bytes.saturating_add(load.bytes);
+        self.errors = self.errors.saturating_add(load.errors);
         self.device.add(&counts(load.device_ns, &load.device));
         self.queue.add(&counts(load.queue_ns, &load.queue));
     }
@@ -83,20 +84,22 @@ impl Class {
 
 impl Tally {
     fn add(&mut self, report: &Report) {
+        let add = |sum: &mut u64, more| *sum = sum.saturating_add(more);
         if let Some(cost) = report.cost {
-            self.runs += cost.runs;
-            self.run_nanos += cost.run_ns;
+            add(&mut self.runs, cost.runs);
+            add(&mut self.run_nanos, cost.run_ns);
         }
         let losses = &report.losses;
-        self.dropped += losses.full + losses.ring + losses.chunks + losses.unmatched;
-        self.unresolved += report.unresolved.reads;
-        for disk in &report.disks {
-            let Ok(name) = disk.name.parse::<Name>() else { continue };
-            let loads =
-                [&disk.own_reads, &disk.own_writes, &disk.foreign_reads, &disk.foreign_writes];
-            let classes = self.disks.entry(name).or_default();
-            classes.iter_mut().zip(loads).for_each(|(class, load)| class.add(load));
+        for lost in [losses.full, losses.ring, losses.chunks, losses.unmatched] {
+            add(&mut self.dropped, lost);
         }
+        add(&mut self.unresolved, report.unresolved.reads);
+    }
+
+    fn add_disk(&mut self, name: &Name, disk: &DiskReport) {
+        let loads = [&disk.own_reads, &disk.own_writes, &disk.foreign_reads, &disk.foreign_writes];
+        let classes = self.disks.entry(name.clone()).or_default();
+        classes.iter_mut().zip(loads).for_each(|(class, load)| class.add(load));
     }
 }
 
@@ -118,8 +121,8 @@ pub struct Probed {
 impl Probed {
     fn of(disk: &DiskReport) -> Probed {
         let (own, foreign) = (&disk.own_reads, &disk.foreign_reads);
-        let queued = own.queued + foreign.queued;
-        let waited = own.queue_ns + foreign.queue_ns;
+        let queued = own.queued.saturating_add(foreign.queued);
+        let waited = own.queue_ns.saturating_add(foreign.queue_ns);
         Probed {
             own: own.count,
             foreign: foreign.count,
@@ -134,7 +137,8 @@ impl Probed {
 fn counts(nanos: u64, histogram: &Histogram) -> Counts {
     let mut counts = Counts { nanos, ..Counts::default() };
     for (from, _, count) in histogram.iter() {
-        counts.buckets[histogram::bucket(from)] += count;
+        let bucket = &mut counts.buckets[histogram::bucket(from)];
+        *bucket = bucket.saturating_add(count);
     }
     counts
 }
@@ -165,18 +169,15 @@ impl Probes {
         self.reason = reason.into();
     }
 
-    /// These are the copies whose reads the probes can tell.
-    pub fn follow(&mut self, copies: HashSet<(Digest, Name)>) {
-        self.followed = copies;
+    /// This is what is watched from now on: of other disks nothing is kept.
+    pub fn follow(&mut self, watched: &Watched) {
+        self.followed = watched.followed();
+        self.tally.disks.retain(|name, _| watched.has_disk(name));
+        self.disks.retain(|name, _| watched.has_disk(name));
     }
 
-    /// Takes a report in; `file` tells the copy that the agent knows by a number.
-    pub fn take(
-        &mut self,
-        report: &Report,
-        signals: &mut Signals<Name>,
-        file: impl Fn(u64) -> Option<(Digest, Name)>,
-    ) {
+    /// Takes in a report on what is watched. What it says of anything else is not kept.
+    pub fn take(&mut self, report: &Report, signals: &mut Signals<Name>, watched: &Watched) {
         if !self.is_live() {
             tracing::info!(agent = report.pid, version = report.version, "the probes tell");
         }
@@ -190,13 +191,21 @@ impl Probes {
         self.disks.clear();
         for disk in &report.disks {
             let Ok(name) = disk.name.parse::<Name>() else { continue };
+            if !watched.has_disk(&name) || self.disks.contains_key(&name) {
+                continue;
+            }
+            self.tally.add_disk(&name, disk);
             let mut reads = counts(disk.own_reads.device_ns, &disk.own_reads.device);
             reads.add(&counts(disk.foreign_reads.device_ns, &disk.foreign_reads.device));
             signals.probed(&name, &reads);
             self.disks.insert(name, Probed::of(disk));
         }
         for chunk in report.chunks.iter().filter(|chunk| chunk.own.reads > 0) {
-            let Some(copy) = file(chunk.file) else { continue };
+            let Some(file) = watched.file(chunk.file) else { continue };
+            if chunk.chunk >= file.chunks {
+                continue;
+            }
+            let copy = (file.digest, file.disk.clone());
             self.chunks.entry(copy).or_default().insert(Chunk(chunk.chunk), self.tick);
         }
     }
@@ -272,5 +281,57 @@ impl Probes {
                 cost_nanos: None,
             },
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    //! Checked: what an agent says is kept only of what it was told to watch, and no figure is too large.
+
+    use underlay_agent::report::{ChunkReport, Cost, Heat, Losses};
+
+    use super::*;
+
+    #[test]
+    fn a_report_of_what_is_not_watched_or_too_large_does_no_harm() {
+        let name = |text: &str| text.parse::<Name>().unwrap();
+        let digest = Digest([1; 32]);
+        let watched = Watched::for_test(&[name("a")], &[(7, digest, name("a"), 10)]);
+        let load =
+            Load { bytes: u64::MAX, errors: u64::MAX, device_ns: u64::MAX, ..Load::default() };
+        let load = Load { queued: u64::MAX, queue_ns: u64::MAX, ..load };
+        let disk = |name: &str| DiskReport {
+            name: name.into(),
+            own_reads: load.clone(),
+            foreign_reads: load.clone(),
+            ..DiskReport::default()
+        };
+        let chunk = |file, chunk| ChunkReport {
+            file,
+            chunk,
+            own: Heat { reads: 1, ..Heat::default() },
+            ..ChunkReport::default()
+        };
+        let most = u64::MAX;
+        let report = Report {
+            disks: vec![disk("a"), disk("a"), disk("b"), disk("../c")],
+            chunks: vec![chunk(7, 9), chunk(7, 10), chunk(7, most), chunk(8, 0)],
+            losses: Losses { full: most, ring: most, ..Losses::default() },
+            unresolved: Heat { reads: most, ..Heat::default() },
+            cost: Some(Cost { run_ns: most, runs: most }),
+            ..Report::default()
+        };
+        let (mut probes, mut signals) = (Probes::none(""), Signals::default());
+        probes.follow(&watched);
+        for _ in 0..3 {
+            probes.take(&report, &mut signals, &watched);
+        }
+        assert_eq!(probes.tally.disks.keys().collect::<Vec<_>>(), [&name("a")]);
+        assert_eq!((probes.disks.len(), probes.chunks[&(digest, name("a"))].len()), (1, 1));
+        assert_eq!(probes.metrics().dropped, most);
+        // Another with the name of one that is gone begins anew.
+        probes.follow(&Watched::for_test(&[name("b")], &[]));
+        assert!(probes.tally.disks.is_empty() && probes.disks.is_empty());
+        assert!(probes.of(&name("a")).is_none());
     }
 }

@@ -1,14 +1,13 @@
 //! What the API asks of promotion.
 
 use underlay_agent::report::{Report, Watch};
-use uuid::Uuid;
 
 use super::*;
 use crate::{
     catalog::{Pin, Profile},
     control::{api::*, metrics},
     error::Kind,
-    promote::{demand::Total, signal},
+    promote::{demand::Total, mover::PATIENCE, signal},
     units::{self, CHUNK},
 };
 
@@ -18,6 +17,8 @@ const CELLS: u64 = 2048;
 const HOTTEST: usize = 20;
 /// The longest recording, in seconds.
 const RECORDING_MAX: u64 = 24 * 3600;
+/// How long until a disk's policy is told again what is pinned, where not all could be.
+const PINS_AGAIN: Duration = Duration::from_secs(15);
 
 impl Promotion {
     /// Every disk's cache.
@@ -73,14 +74,11 @@ impl Promotion {
             disk.is_none_or(|disk| seat.disk == *disk) && image.is_none_or(|it| seat.digest == it)
         };
         let seats = self.bench.views.all();
-        let mut state = self.state();
-        for seat in seats.iter().filter(wanted) {
-            let plan = state.plans.get_mut(&seat.disk);
-            let (Some(cache), Some(plan)) = (seat.view.cache(), plan) else { continue };
+        // The movers sweep what is withdrawn.
+        for cache in seats.iter().filter(wanted).filter_map(|seat| seat.view.cache()) {
             let present = cache.present();
             chunks += present.len() as u64;
             present.iter().for_each(|chunk| cache.withdraw(*chunk));
-            plan.sweep = true;
         }
         Cleared { chunks }
     }
@@ -89,6 +87,7 @@ impl Promotion {
     pub async fn pin(&self, disk: Name, digest: Digest, extent: Extent) -> Result<Warming> {
         let keys = self.keys(&disk, digest, extent).await?;
         let id = self.planned(&disk).await?;
+        plan_of(&mut self.state(), &disk)?.policy.pinnable(&keys)?;
         let pin = Pin { disk: id, digest, whole: extent == Extent::Whole };
         self.change_pins(move |pins| {
             pins.retain(|other| (other.disk, other.digest) != (id, digest));
@@ -139,17 +138,36 @@ impl Promotion {
         Warming { chunks, bytes: chunks * CHUNK, rate: self.bench.rate }
     }
 
-    /// Tells the policy of a disk, which is new, what is pinned.
+    /// Tells the policy of a disk, which is new, what is pinned. What can't be told now, because a copy is
+    /// away or its disk hangs, is told when it can.
     pub(super) async fn pin_again(&self, disk: Name) {
+        let (mut all, mut failed) = (Vec::new(), false);
         for (_, pin) in self.pins().into_iter().filter(|(at, _)| *at == disk) {
-            let pinned = self
-                .keys(&disk, pin.digest, extent(pin.whole))
+            let keys = self.keys(&disk, pin.digest, extent(pin.whole));
+            let keys = tokio::time::timeout(PATIENCE, keys)
                 .await
-                .and_then(|keys| plan_of(&mut self.state(), &disk)?.policy.pin(&keys));
-            if let Err(error) = pinned {
-                tracing::warn!(%disk, image = %pin.digest, %error, "what is pinned is not there");
+                .unwrap_or_else(|_| Err(Error::new(Kind::Unavailable, "its copy doesn't answer")));
+            match keys {
+                Ok(keys) => all.push((pin, keys)),
+                Err(error) => {
+                    tracing::info!(%disk, image = %pin.digest, %error, "what is pinned is not there");
+                    failed = true;
+                }
             }
         }
+        let mut state = self.state();
+        let Some(plan) = state.plans.get_mut(&disk) else { return };
+        let pins = self.bench.pins.all();
+        // Not what was let go meanwhile.
+        for (pin, keys) in all.into_iter().filter(|(pin, _)| pins.contains(pin)) {
+            if let Err(error) = plan.policy.pin(&keys) {
+                tracing::warn!(%disk, image = %pin.digest, %error, "it is not pinned");
+            }
+        }
+        plan.pins = match failed {
+            true => PinsTold::Not(Instant::now() + PINS_AGAIN),
+            false => PinsTold::All,
+        };
     }
 
     /// The chunks of an image that are meant.
@@ -185,14 +203,14 @@ impl Promotion {
 
     /// Sees to it that a disk which was added a moment ago has its plan; the disk's identity.
     async fn planned(&self, disk: &Name) -> Result<Uuid> {
-        let (node, by) = (self.bench.node.clone(), disk.clone());
-        let known = blocking(move || node.disk(&by)).await?;
-        let mut state = self.state();
-        let id = known.id;
-        if !state.plans.contains_key(disk) {
-            state.disks.retain(|other| other.name != *disk);
-            state.disks.push(known);
-            state.outdated = true;
+        let known = self.bench.node.known_disks().into_iter().find(|known| known.name == *disk);
+        let missing = || Error::new(Kind::NotFound, format!("no disk {disk} on this node"));
+        let id = known.ok_or_else(missing)?.id;
+        let is_planned = |state: &State| state.plans.get(disk).is_some_and(|plan| plan.id == id);
+        if !is_planned(&self.state()) {
+            self.ask().await;
+            let mut state = self.state();
+            self.look(&mut state);
             self.plan(&mut state)?;
         }
         Ok(id)
@@ -274,25 +292,30 @@ impl Promotion {
         self.state().recordings.remove(&digest);
     }
 
-    /// Forgets an image that is gone: what was promoted of it goes too.
+    /// Forgets an image that is gone: what was promoted of it goes too, from each disk as soon as that
+    /// answers. A cache on a disk that is away goes when it is back.
     pub async fn forget(&self, digest: Digest) {
-        let disks: Vec<Name> = {
+        let removals: Vec<_> = {
             let mut state = self.state();
             let State { plans, images, .. } = &mut *state;
             if let Some(image) = images.find(digest) {
                 plans.values_mut().for_each(|plan| plan.policy.forget_image(image));
             }
-            plans.keys().cloned().collect()
+            self.bench.views.forget(|seat| seat.digest == digest);
+            plans.values().map(|plan| plan.mover.remove(digest)).collect()
         };
-        self.bench.views.retain(|seat| seat.digest != digest);
         let bench = self.bench.clone();
         let removed = blocking(move || {
-            bench.pins.change(&bench.node, |pins| pins.retain(|pin| pin.digest != digest))?;
-            bench.node.remove_profile(digest)?;
-            disks.iter().try_for_each(|disk| bench.node.remove_cache(disk, digest))
+            let unpinned =
+                bench.pins.change(&bench.node, |pins| pins.retain(|pin| pin.digest != digest));
+            bench.node.remove_profile(digest).and(unpinned)
         });
         if let Err(error) = removed.await {
-            tracing::warn!(image = %digest, %error, "not all that was promoted of it is removed");
+            tracing::warn!(image = %digest, %error, "its pins or its profile could not be removed");
+        }
+        let removals = futures_util::future::join_all(removals);
+        if tokio::time::timeout(LEAVING, removals).await.is_err() {
+            tracing::info!(image = %digest, "its caches are being removed still");
         }
     }
 
@@ -313,7 +336,7 @@ impl Promotion {
         let mut state = self.state();
         let State { probes, signals, watched, .. } = &mut *state;
         if report.generation == watched.watch.generation {
-            probes.take(report, signals, |file| watched.file(file));
+            probes.take(report, signals, watched);
         }
     }
 

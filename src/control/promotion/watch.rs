@@ -13,15 +13,28 @@ use underlay_agent::{
 };
 
 use crate::{
-    catalog::{CopyState, Digest, DiskState, Name, Node},
+    catalog::{Digest, DiskState, Name, Node},
     error::{Context, Result},
+    units,
 };
 
 /// The disks that are there, and the copies on them: what a watch is made for.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Scene {
     disks: BTreeSet<Name>,
-    copies: BTreeSet<(Name, Digest)>,
+    /// With the images' sizes.
+    copies: BTreeSet<(Name, Digest, u64)>,
+}
+
+/// A copy whose extents the agent knows.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Followed {
+    /// The image.
+    pub digest: Digest,
+    /// The disk.
+    pub disk: Name,
+    /// Chunks of the image.
+    pub chunks: u64,
 }
 
 /// A watch, and what its files' numbers mean.
@@ -30,19 +43,18 @@ pub struct Watched {
     scene: Scene,
     /// As it is told.
     pub watch: Watch,
-    files: HashMap<u64, (Digest, Name)>,
+    files: HashMap<u64, Followed>,
 }
 
 impl Scene {
-    /// What is there now. Blocks.
+    /// What is there, as far as is known without asking a disk.
     pub fn of(node: &Node) -> Scene {
         let there = |state| matches!(state, DiskState::Present | DiskState::ReadOnly);
-        let disks = node.disks().into_iter().filter(|disk| there(disk.state)).map(|disk| disk.name);
-        let copies = node.images().into_iter().flat_map(|image| {
-            let ready = image.copies.into_iter().filter(|copy| copy.state == CopyState::Ready);
-            ready.map(move |copy| (copy.disk, image.digest))
-        });
-        Scene { disks: disks.collect(), copies: copies.collect() }
+        let disks = node.known_disks().into_iter().filter(|disk| there(disk.state));
+        Scene {
+            disks: disks.map(|disk| disk.name).collect(),
+            copies: node.known_copies().into_iter().collect(),
+        }
     }
 }
 
@@ -67,13 +79,30 @@ impl Watched {
     }
 
     /// The copy that the agent knows by this number.
-    pub fn file(&self, id: u64) -> Option<(Digest, Name)> {
-        self.files.get(&id).cloned()
+    pub fn file(&self, id: u64) -> Option<&Followed> {
+        self.files.get(&id)
+    }
+
+    /// Whether the agent is to watch a disk of this name.
+    pub fn has_disk(&self, name: &Name) -> bool {
+        self.scene.disks.contains(name)
     }
 
     /// Every copy whose extents are known.
     pub fn followed(&self) -> HashSet<(Digest, Name)> {
-        self.files.values().cloned().collect()
+        self.files.values().map(|file| (file.digest, file.disk.clone())).collect()
+    }
+}
+
+#[cfg(test)]
+impl Watched {
+    /// Of these disks, and of these files: number, image, disk and chunks.
+    pub fn for_test(disks: &[Name], files: &[(u64, Digest, Name, u64)]) -> Watched {
+        let scene = Scene { disks: disks.iter().cloned().collect(), ..Scene::default() };
+        let files = files.iter().map(|(id, digest, disk, chunks)| {
+            (*id, Followed { digest: *digest, disk: disk.clone(), chunks: *chunks })
+        });
+        Watched { scene, files: files.collect(), ..Watched::default() }
     }
 }
 
@@ -81,16 +110,15 @@ fn disk(
     node: &Node,
     name: &Name,
     scene: &Scene,
-    files: &mut HashMap<u64, (Digest, Name)>,
+    files: &mut HashMap<u64, Followed>,
 ) -> Result<Disk> {
     let path = node.disk(name)?.path;
     let at = fs::metadata(&path).context(|| format!("looking at {}", path.display()))?;
     let mut disk =
         Disk { name: name.to_string(), dev: Dev::from_stat(at.dev()).to_string(), files: vec![] };
-    for (_, digest) in scene.copies.iter().filter(|(on, _)| on == name) {
-        let copy = match node.open_copy(&digest.to_string().parse()?) {
-            Ok(copy) if copy.disk == *name => copy,
-            Ok(_) => continue,
+    for (_, digest, size) in scene.copies.iter().filter(|(on, ..)| on == name) {
+        let copy = match node.open_copy_on(*digest, name) {
+            Ok(copy) => copy,
             Err(error) => {
                 tracing::warn!(disk = %name, image = %digest, %error, "the probes can't follow it");
                 continue;
@@ -99,7 +127,8 @@ fn disk(
         match extents_of(&copy.data) {
             Ok(extents) => {
                 let id = files.len() as u64;
-                files.insert(id, (*digest, name.clone()));
+                let chunks = units::chunks(*size);
+                files.insert(id, Followed { digest: *digest, disk: name.clone(), chunks });
                 disk.files.push(File { id, extents });
             }
             Err(why) => {
