@@ -17,7 +17,7 @@ mod nbd;
 mod node;
 
 use nbd::{Client, Replies};
-use node::{Daemon, complaint, exchange, until};
+use node::{Daemon, exchange, until};
 use serde_json::{Value, json};
 
 const MIB: usize = 1 << 20;
