@@ -33,6 +33,7 @@
 mod attachment;
 mod cache;
 mod claims;
+mod copies;
 mod dir;
 mod disk;
 mod disks;
@@ -58,6 +59,7 @@ mod tests;
 
 pub use attachment::{Attachment, Target, Via};
 pub use cache::{CacheShape, OpenCache};
+pub use copies::COPIES_MAX;
 pub use disk::HOME;
 pub use disks::{DiskOptions, Forgotten, Placement};
 pub use fsck::Repair;

@@ -62,6 +62,9 @@ pub(crate) struct ImageRecord {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub source_sha256: Option<Digest>,
     pub created: u64,
+    /// How many copies are wanted, if somebody said.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub copies: Option<u32>,
 }
 
 /// `images/<digest>/refs/<replica-id>.json`: a replica stands on this copy.

@@ -23,7 +23,7 @@ use super::{
     node::Node,
     record::{self, Base, FORMAT, RefRecord, ReplicaRecord},
     scan::{DELETING, Reference, STAGING, ref_file},
-    status::ReplicaStatus,
+    status::{CopyState, ReplicaStatus},
     view::{Image, Replica, View},
 };
 use crate::{
@@ -100,7 +100,8 @@ impl OpenReplica {
 /// All that making a replica needs, found out at once.
 struct Plan {
     disk: Arc<Disk>,
-    copy: Arc<Disk>,
+    /// The disks with copies of the image.
+    copies: Vec<Arc<Disk>>,
     reference: RefRecord,
     record: ReplicaRecord,
 }
@@ -123,15 +124,12 @@ impl Node {
                 (Object::Replica(id), Mode::Alone),
                 (Object::Image(plan.record.image.digest), Mode::Shared),
                 (Object::Disk(plan.disk.id), Mode::Shared),
-                (Object::Disk(plan.copy.id), Mode::Shared),
             ];
-            Ok((wants, plan))
+            let copies = plan.copies.iter().map(|copy| (Object::Disk(copy.id), Mode::Shared));
+            Ok((wants.into_iter().chain(copies).collect(), plan))
         })?;
-        let made = plan
-            .disk
-            .check_writable()
-            .and_then(|()| plan.copy.check_writable())
-            .and_then(|()| self.make(&plan, &map(id, plan.record.size)));
+        let made =
+            plan.disk.check_writable().and_then(|()| self.make(&plan, &map(id, plan.record.size)));
         made.map_err(|error| match error.kind() {
             Kind::NoSpace => within(error.within("a disk is full: free some space on it")),
             _ => within(error),
@@ -140,18 +138,19 @@ impl Node {
     }
 
     fn make(&self, plan: &Plan, map: &[u8]) -> Result<()> {
-        let Plan { disk, copy, reference, record } = plan;
+        let Plan { disk, copies, reference, record } = plan;
         let digest = record.image.digest;
         let replicas = &disk.replicas;
         let staging = OsString::from(format!("{STAGING}{}", record.id));
-        let built = copy.copy(digest).and_then(|copy| copy.ensure(REFS)).and_then(|refs| {
-            build(replicas, &staging, record, map, &refs, reference)?;
-            replicas.rename(&staging, record.id.to_string())
-        });
+        let (sound, refs) = writable(copies, digest)?;
+        let built = build(replicas, &staging, record, map, &refs, reference)
+            .and_then(|()| replicas.rename(&staging, record.id.to_string()));
         if let Err(error) = built {
-            // Nothing is visible yet: take back what was made, the reference last.
-            let undone = replicas.remove_tree(&staging);
-            let undone = undone.and_then(|()| drop_reference(copy, digest, record.id));
+            // Nothing is visible yet: take back what was made, the references last.
+            let mut undone = replicas.remove_tree(&staging);
+            for copy in &sound {
+                undone = undone.and_then(|()| drop_reference(copy, digest, record.id));
+            }
             if let Err(left) = undone {
                 tracing::warn!(%left, "the rest of a replica stays until fsck");
             }
@@ -160,9 +159,11 @@ impl Node {
         // From here on it is there. Should the sync fail, it is known and the error is told.
         {
             let mut view = self.0.view();
-            if let Some(copy) = view.copies_mut(digest).find(|found| found.disk == copy.id) {
-                let reference = Reference { record: reference.clone(), damaged: false };
-                copy.found.refs.insert(record.id, reference);
+            for copy in view.copies_mut(digest) {
+                if sound.iter().any(|disk| disk.id == copy.disk) {
+                    let reference = Reference { record: reference.clone(), damaged: false };
+                    copy.found.refs.insert(record.id, reference);
+                }
             }
             view.put_replica(Replica { disk: disk.id, record: record.clone(), fault: None });
         }
@@ -286,7 +287,7 @@ pub(crate) fn away<'a>(view: &'a View, name: &Name) -> Option<(Digest, &'a RefRe
 }
 
 /// Removes a reference beside a copy, durably.
-fn drop_reference(disk: &Disk, digest: Digest, id: Uuid) -> Result<()> {
+pub(crate) fn drop_reference(disk: &Disk, digest: Digest, id: Uuid) -> Result<()> {
     let refs = disk.refs(digest)?;
     let file = ref_file(id);
     refs.unlink_if_there(format!("{TEMP_PREFIX}{file}"))?;
@@ -294,30 +295,66 @@ fn drop_reference(disk: &Disk, digest: Digest, id: Uuid) -> Result<()> {
     refs.sync()
 }
 
-/// Makes the reference durable, and builds the replica's directory under its staging name, durable
+/// The directories of references of those copies that can take one, and their disks; an error if there is
+/// none. A copy that lacks a reference gets it from the others once it can be written.
+fn writable(copies: &[Arc<Disk>], digest: Digest) -> Result<(Vec<Arc<Disk>>, Vec<Dir>)> {
+    let (mut disks, mut refs, mut failed) = (Vec::new(), Vec::new(), None);
+    for disk in copies {
+        let dir = disk.check_writable().and_then(|()| disk.copy(digest)?.ensure(REFS));
+        match dir {
+            Ok(dir) => {
+                refs.push(dir);
+                disks.push(disk.clone());
+            }
+            Err(error) => failed = Some(error),
+        }
+    }
+    match failed {
+        Some(error) if disks.is_empty() => Err(error),
+        Some(error) => {
+            tracing::warn!(image = %digest, %error, "a copy gets its reference later");
+            Ok((disks, refs))
+        }
+        None => Ok((disks, refs)),
+    }
+}
+
+/// Makes the references durable, and builds the replica's directory under its staging name, durable
 /// too. The syncs of both go together: what counts is that both are done when the replica appears.
 fn build(
     replicas: &Dir,
     staging: &OsString,
     record: &ReplicaRecord,
     map: &[u8],
-    refs: &Dir,
+    refs: &[Dir],
     reference: &RefRecord,
 ) -> Result<()> {
     let file = ref_file(record.id);
-    let temp = refs.write_temp(&file, &record::bytes(reference)?)?;
+    let mut temps = Vec::new();
+    for refs in refs {
+        temps.push((refs, refs.write_temp(&file, &record::bytes(reference)?)?));
+    }
     let dir = replicas.create(staging)?;
     dir.write_sparse(DATA, record.size)?;
     dir.write_new(MAP, map)?;
     dir.write_new(REPLICA_JSON, &record::bytes(record)?)?;
-    sync_together(&[
-        &|| refs.sync_file(&temp),
-        &|| dir.sync_file(DATA),
-        &|| dir.sync_file(MAP),
-        &|| dir.sync_file(REPLICA_JSON),
-    ])?;
-    refs.rename(&temp, &file)?;
-    sync_together(&[&|| refs.sync(), &|| dir.sync()])
+    let mut syncs: Vec<Box<dyn Fn() -> Result<()> + Sync + '_>> = Vec::new();
+    for (refs, temp) in &temps {
+        syncs.push(Box::new(move || refs.sync_file(temp)));
+    }
+    for file in [DATA, MAP, REPLICA_JSON] {
+        let dir = &dir;
+        syncs.push(Box::new(move || dir.sync_file(file)));
+    }
+    sync_together(&syncs.iter().map(|sync| &**sync).collect::<Vec<_>>())?;
+    for (refs, temp) in &temps {
+        refs.rename(temp, &file)?;
+    }
+    let mut syncs: Vec<Box<dyn Fn() -> Result<()> + Sync + '_>> = vec![Box::new(|| dir.sync())];
+    for refs in refs {
+        syncs.push(Box::new(move || refs.sync()));
+    }
+    sync_together(&syncs.iter().map(|sync| &**sync).collect::<Vec<_>>())
 }
 
 fn plan(view: &View, new: &NewReplica, id: Uuid) -> Result<Plan> {
@@ -342,7 +379,8 @@ fn plan(view: &View, new: &NewReplica, id: Uuid) -> Result<Plan> {
     let Some(copy) = image.ready() else { return Err(no_copy(&new.image, image)) };
     let base = copy.found.record.size;
     let size = check_size(new.size, base)?;
-    let home = view.here(copy.disk).ok_or_else(|| no_copy(&new.image, image))?.clone();
+    let ready = image.copies.iter().filter(|copy| copy.state() == CopyState::Ready);
+    let copies: Vec<Arc<Disk>> = ready.filter_map(|copy| view.here(copy.disk).cloned()).collect();
     let reference = RefRecord {
         format: FORMAT,
         replica: id,
@@ -362,7 +400,7 @@ fn plan(view: &View, new: &NewReplica, id: Uuid) -> Result<Plan> {
     let created = reference.created;
     let record =
         ReplicaRecord { format: FORMAT, id, name: new.name.clone(), size, image: base, created };
-    Ok(Plan { disk, copy: home, reference, record })
+    Ok(Plan { disk, copies, reference, record })
 }
 
 /// What to remember an image by: its name rather than its digest.

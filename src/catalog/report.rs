@@ -244,6 +244,7 @@ pub(super) fn image_status(view: &View, digest: Digest, image: &Image) -> ImageS
         size: oldest.map_or(0, |copy| copy.found.record.size),
         stored_bytes: image.copies.iter().map(|copy| copy.found.stored).sum(),
         copies: copies.collect(),
+        wanted_copies: image.wanted(),
         users: view.users(digest),
         created: oldest.map_or(0, |copy| copy.found.record.created),
         source: oldest.map_or(String::new(), |copy| copy.found.record.source.clone()),

@@ -104,6 +104,8 @@ pub struct ImageStatus {
     pub stored_bytes: u64,
     /// Where it is.
     pub copies: Vec<CopyStatus>,
+    /// How many copies are wanted, if somebody said; the node's default counts otherwise.
+    pub wanted_copies: Option<u32>,
     /// The replicas that stand on it.
     pub users: Vec<ImageUser>,
     /// When it was first published.

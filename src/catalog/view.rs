@@ -124,6 +124,11 @@ impl Image {
         names
     }
 
+    /// How many copies are wanted, if somebody said: the most that any copy knows of.
+    pub(crate) fn wanted(&self) -> Option<u32> {
+        self.copies.iter().filter_map(|copy| copy.found.record.copies).max()
+    }
+
     /// A copy that serves, the first of them.
     pub(crate) fn ready(&self) -> Option<&Copy> {
         self.copies.iter().find(|copy| copy.state() == CopyState::Ready)

@@ -213,8 +213,43 @@ pub struct Status {
     pub signal: SignalView,
     /// Disks whose copies are read only where no other can answer.
     pub troubles: Vec<DiskTrouble>,
+    /// The copy that is being made because fewer are there than wanted.
+    pub rebuild: Option<RebuildView>,
     /// The copy that is being scrubbed.
     pub scrub: Option<ScrubView>,
+}
+
+/// A copy that is being made.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct RebuildView {
+    /// The image's digest.
+    pub image: String,
+    /// Bytes of the image that are done.
+    pub done_bytes: u64,
+    /// Bytes of the image.
+    pub total_bytes: u64,
+}
+
+/// Copies to be made: one on a disk, or so many in all.
+#[derive(Clone, Debug, Default, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct MakeCopies {
+    /// How many copies are wanted from now on; those that are missing are made.
+    pub copies: Option<u32>,
+    /// The disk for one more copy.
+    pub to: Option<String>,
+    /// Also on a disk that fails together with one that has a copy.
+    #[serde(default)]
+    pub force: bool,
+}
+
+/// How a copy is to be given up.
+#[derive(Clone, Debug, Default, Serialize, Deserialize, IntoParams)]
+#[serde(deny_unknown_fields)]
+pub struct RemoveCopy {
+    /// Also if fewer copies are left than are wanted: so many are wanted from then on.
+    #[serde(default)]
+    pub force: bool,
 }
 
 /// A copy that is being scrubbed.

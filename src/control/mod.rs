@@ -27,9 +27,11 @@ pub mod socket;
 
 mod attachments;
 mod bases;
+mod copying;
 mod exports;
 mod health;
 mod job;
+mod keeper;
 mod metrics;
 mod promotion;
 mod routes;

@@ -20,7 +20,7 @@ use axum::{
     },
     http::{HeaderMap, StatusCode, header, request::Parts},
     response::{IntoResponse, Response},
-    routing::{get, post},
+    routing::{delete, get, post},
 };
 use serde::de::DeserializeOwned;
 use utoipa::OpenApi;
@@ -56,6 +56,8 @@ pub fn router(service: Arc<Service>) -> Router {
         .route("/v1/images", get(list_images).post(import_image))
         .route("/v1/images/{name}", get(inspect_image).delete(remove_image).put(upload_image))
         .route("/v1/images/{name}/verify", post(verify_image))
+        .route("/v1/images/{name}/copies", post(make_copies))
+        .route("/v1/images/{name}/copies/{disk}", delete(remove_copy))
         .route("/v1/replicas", get(list_replicas).post(create_replica))
         .route("/v1/replicas/{name}", get(inspect_replica).delete(remove_replica))
         .route("/v1/replicas/{name}/resize", post(resize_replica))
@@ -115,6 +117,8 @@ pub fn router(service: Arc<Service>) -> Router {
         inspect_image,
         remove_image,
         verify_image,
+        make_copies,
+        remove_copy,
         list_replicas,
         create_replica,
         inspect_replica,
@@ -254,6 +258,33 @@ async fn inspect_image(State(service): Node, Named(name): Named) -> Answer<Image
     (status = 200, body = Removed), (status = 409, body = Refusal)))]
 async fn remove_image(State(service): Node, Named(name): Named) -> Answer<Removed> {
     Ok(Json(service.remove_image(name).await?))
+}
+
+/// Makes copies of an image on other disks. Answers with lines.
+#[utoipa::path(post, path = "/v1/images/{name}/copies", params(("name" = String, Path)),
+    request_body = MakeCopies, responses(
+    (status = 200, body = Event<ImageView>, content_type = "application/x-ndjson"),
+    (status = "4XX", body = Refusal)))]
+async fn make_copies(
+    State(service): Node,
+    Named(name): Named,
+    Input(wish): Input<MakeCopies>,
+) -> Result<Response, Failure> {
+    let copies = service.prepare_copies(name, wish).await?;
+    Ok(job::stream(service.jobs(), move |job| copies.run(job)))
+}
+
+/// Gives up the copy of an image on a disk. The last one is refused.
+#[utoipa::path(delete, path = "/v1/images/{name}/copies/{disk}",
+    params(("name" = String, Path), ("disk" = String, Path), RemoveCopy), responses(
+    (status = 200, body = ImageView), (status = "4XX", body = Refusal)))]
+async fn remove_copy(
+    State(service): Node,
+    Path((name, disk)): Path<(String, String)>,
+    how: Result<Query<RemoveCopy>, QueryRejection>,
+) -> Answer<ImageView> {
+    let Query(how) = how.map_err(|error| misshapen(error.body_text()))?;
+    Ok(Json(service.remove_copy(name.parse()?, disk.parse()?, how.force).await?))
 }
 
 /// Reads an image whole and compares it with its checksums. Answers with lines.

@@ -25,16 +25,18 @@ use crate::{
         attachments::{Attachments, Links, Servers},
         bases::Bases,
         config::Config,
+        copying::Copying,
         exports::{Exports, IMAGE, REPLICA},
         health::Health,
         job::Jobs,
+        keeper::Keeping,
         metrics::{Metrics, PageFormat, Sources},
         promotion::Promotion,
         scrub::Scrub,
         socket::Socket,
         tails::Tails,
         views::Views,
-        work::{Import, Recording, Verify},
+        work::{Copies, Import, Recording, Verify},
     },
     cow::Overlay,
     error::{Context, Error, Kind, Result},
@@ -53,6 +55,7 @@ pub struct Service {
     promotion: Arc<Promotion>,
     health: Arc<Health>,
     scrub: Arc<Scrub>,
+    keeping: Arc<Keeping>,
     server: Arc<nbd::Server>,
     metrics: Metrics,
     jobs: Jobs,
@@ -98,7 +101,11 @@ impl Service {
         let health = Health::start(node.clone(), bases.clone(), rings.clone(), clean);
         let period = Duration::from_secs(config.scrub_days * 24 * 3600);
         let rate = config.scrub_mib << 20;
-        let scrub = Scrub::start(node.clone(), bases, rings.clone(), period, rate);
+        let scrub = Scrub::start(node.clone(), bases.clone(), rings.clone(), period, rate);
+        let copying = Copying { node: node.clone(), bases, rings: rings.clone() };
+        let patience = Duration::from_secs(config.rebuild_after_seconds);
+        let wanted = u32::try_from(config.copies).unwrap_or(1);
+        let keeping = Keeping::start(copying, wanted, patience, config.rebuild_mib << 20);
         let promotion = Promotion::start(config, node.clone(), exports.clone(), views)?;
         let listener = tokio::net::UnixListener::from_std(socket.listener()?)
             .context(|| "listening on the NBD socket")?;
@@ -114,6 +121,7 @@ impl Service {
             promotion,
             health,
             scrub,
+            keeping,
             server,
             metrics: Metrics::default(),
             jobs: Jobs::default(),
@@ -147,6 +155,7 @@ impl Service {
     /// Gives up imports and verifications that are under way.
     pub fn cancel_jobs(&self) {
         self.jobs.cancel();
+        self.keeping.stop();
     }
 
     /// Says where else the metrics are.
@@ -196,6 +205,11 @@ impl Service {
             attachments: self.attachments.list(),
             signal: self.promotion.signal(),
             troubles: self.troubles(),
+            rebuild: self.keeping.now().map(|now| RebuildView {
+                image: now.digest.to_string(),
+                done_bytes: now.done.0,
+                total_bytes: now.done.1,
+            }),
             scrub: self.scrub.now().map(|now| ScrubView {
                 image: now.digest.to_string(),
                 disk: now.disk,
@@ -337,6 +351,38 @@ impl Service {
             catalog::Unnamed::Kept => Some("the image has other names and is kept".to_owned()),
         };
         Ok(Removed { removed: name.into(), note })
+    }
+
+    /// Prepares copies of an image: one on a disk, or as many as are wanted from now on.
+    pub async fn prepare_copies(self: &Arc<Self>, name: Name, wish: MakeCopies) -> Result<Copies> {
+        let disk = parsed(wish.to)?;
+        if disk.is_some() == wish.copies.is_some() {
+            let what = "either a disk for one more copy, or how many copies are wanted";
+            return Err(Error::new(Kind::Invalid, what));
+        }
+        let (node, by) = (self.node.clone(), name.clone());
+        let digest = blocking(move || {
+            let digest = node.image(&by)?.digest;
+            if let Some(count) = wish.copies {
+                node.want_copies(&by, count)?;
+            }
+            Ok(digest)
+        })
+        .await?;
+        Ok(Copies { service: self.clone(), name, digest, disk, anyhow: wish.force })
+    }
+
+    /// Gives up the copy of an image on a disk.
+    pub async fn remove_copy(&self, name: Name, disk: Name, anyhow: bool) -> Result<ImageView> {
+        let (node, image, from) = (self.node.clone(), name.clone(), disk.clone());
+        blocking(move || node.remove_copy_on(&image, &from, anyhow)).await?;
+        tracing::info!(image = %name, %disk, "a copy was given up");
+        self.image(name).await
+    }
+
+    /// Who makes copies.
+    pub(super) fn keeping(&self) -> &Arc<Keeping> {
+        &self.keeping
     }
 
     /// Prepares the verification of an image.
@@ -533,6 +579,7 @@ impl Service {
             uptime: self.started.elapsed(),
             health: Some(&self.health),
             scrubbed: self.scrub.figures(),
+            kept: self.keeping.figures(),
             promotion: Some(self.promotion.metrics()),
             probes: Some(self.promotion.probe_metrics()),
         };

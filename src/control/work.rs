@@ -4,20 +4,24 @@
 //! prepared and never begun leaves nothing behind.
 
 use std::{
-    sync::{Arc, atomic::Ordering},
+    sync::{
+        Arc,
+        atomic::{AtomicU32, Ordering},
+    },
     time::{Duration, Instant},
 };
 
 use crate::{
-    catalog::{Digest, ImageMeta, Name, StagedCopy},
+    catalog::{COPIES_MAX, Digest, ImageMeta, Name, StagedCopy},
     control::{
         api::{CopyVerification, ImageView, ProfileView, Verification},
+        copying::Order,
         event::Progress,
         job::Job,
         promotion::Promotion,
         service::Service,
     },
-    error::{Kind, Result},
+    error::{Error, Kind, Result},
     image::{self, ChunkTable, Format, ImportRequest, Source},
     units::{CHUNK, Chunk},
 };
@@ -58,6 +62,59 @@ impl Import {
             "image imported"
         );
         Ok(self.service.image_view(status))
+    }
+}
+
+/// Copies that can be made.
+pub struct Copies {
+    pub(super) service: Arc<Service>,
+    pub(super) name: Name,
+    pub(super) digest: Digest,
+    /// The disk for one more; otherwise as many as are wanted.
+    pub(super) disk: Option<Name>,
+    pub(super) anyhow: bool,
+}
+
+impl Copies {
+    /// Makes them. Blocks.
+    pub fn run(self, job: &Job) -> Result<ImageView> {
+        let node = self.service.node();
+        let made = AtomicU32::new(0);
+        let report = |done, all| {
+            job.report(Progress {
+                phase: format!("copy {}", made.load(Ordering::Relaxed) + 1),
+                done_bytes: done,
+                total_bytes: Some(all),
+                source_bytes: 0,
+            });
+        };
+        let make = |disk| {
+            self.service.keeping().copying().make(&Order {
+                digest: self.digest,
+                disk,
+                anyhow: self.anyhow,
+                rate: None,
+                cancel: job.cancel(),
+                report: &report,
+            })
+        };
+        let within = |error: Error| error.within(format!("image {}", self.name));
+        if let Some(disk) = &self.disk {
+            let (_, status) = make(Some(disk)).map_err(within)?;
+            let ready = node.ready_copies(self.digest).len() as u32;
+            // Otherwise it would be one too many, and go.
+            if status.wanted_copies.unwrap_or(1) < ready {
+                node.want_copies(&self.name, ready.min(COPIES_MAX))?;
+            }
+        } else {
+            let wanted = node.image(&self.name)?.wanted_copies.unwrap_or(1);
+            while (node.ready_copies(self.digest).len() as u32) < wanted {
+                let (disk, _) = make(None).map_err(within)?;
+                tracing::info!(image = %self.name, %disk, "a copy was made");
+                made.fetch_add(1, Ordering::Relaxed);
+            }
+        }
+        Ok(self.service.image_view(node.image(&self.name)?))
     }
 }
 
