@@ -1,5 +1,5 @@
-//! The agent is killed, missing, without privileges, or on a kernel without BTF: the service runs, and says so in
-//! status and log.
+//! The agent is killed, missing, without privileges, or on a kernel without BTF: the service runs, and
+//! says so in status and log.
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
