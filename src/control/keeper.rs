@@ -3,7 +3,7 @@
 //! Invariant: one thing at a time is done, at a bounded rate, and nothing waits for it.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, HashMap},
     sync::{
         Arc, Mutex, PoisonError, Weak,
         atomic::{AtomicBool, AtomicU64, Ordering},
@@ -19,6 +19,7 @@ use crate::{
     },
     error::{Error, Kind, Result},
     keep::{Action, Held, Keeper, Place},
+    source::Trouble,
 };
 
 /// How often it is looked.
@@ -83,23 +84,25 @@ impl Keeping {
     fn look(&self) -> BTreeMap<Digest, Held> {
         let node = &self.copying.node;
         let disks = node.disks();
-        let troubled: Vec<String> = self
+        let troubles: HashMap<String, Trouble> = self
             .copying
             .bases
             .disks()
             .iter()
-            .filter(|disk| disk.trouble().is_some())
-            .map(|disk| disk.name().to_owned())
+            .filter_map(|disk| Some((disk.name().to_owned(), disk.trouble()?)))
             .collect();
+        let trouble = |name: &Name| troubles.get(name.as_str()).copied();
         let mut images = BTreeMap::new();
         for image in node.images() {
             if let Err(error) = node.align_copies(image.digest) {
                 tracing::warn!(image = %image.digest, %error, "its copies differ in what they say");
             }
+            // A disk whose device is gone may still be mounted: its reads tell.
             let up = |name: &Name| {
                 disks.iter().find(|disk| {
                     disk.name == *name
                         && matches!(disk.state, DiskState::Present | DiskState::ReadOnly)
+                        && !matches!(trouble(name), Some(Trouble::Silent | Trouble::Failing))
                 })
             };
             let ready = image.copies.iter().filter(|copy| copy.state == CopyState::Ready);
@@ -109,7 +112,7 @@ impl Keeping {
                 pool: disk.pool,
                 tier: disk.tier,
                 together: homes.iter().any(|other| disk.fails_with.contains(&other.name)),
-                troubled: troubled.contains(&disk.name.to_string()),
+                troubled: trouble(&disk.name).is_some(),
             });
             let wanted = image.wanted_copies.unwrap_or(self.default) as usize;
             images.insert(image.digest, Held { wanted, copies: copies.collect() });
