@@ -62,6 +62,18 @@ pub(super) struct Counters {
     pub(super) checkpoints: AtomicU64,
     pub(super) copied_up: AtomicU64,
     pub(super) punched: AtomicU64,
+    flattened: AtomicU64,
+}
+
+impl Counters {
+    /// Blocks that were copied up so that the overlay needs no image.
+    pub(super) fn flattened(&self) -> u64 {
+        self.flattened.load(Ordering::Relaxed)
+    }
+
+    pub(super) fn add_flattened(&self, blocks: u64) {
+        self.flattened.fetch_add(blocks, Ordering::Relaxed);
+    }
 }
 
 /// Figures of an overlay, since it was opened where they count events.
@@ -163,6 +175,13 @@ impl<I: Io> Overlay<I> {
         self.commit_size(io, size).await
     }
 
+    /// From now on, what is not durable yet outlives the process in `place`. For an overlay that has
+    /// just taken another's place, all of it flushed; nobody uses it yet.
+    pub async fn keep_tail(&self, place: Option<Place>) {
+        let journal = self.journal.lock().await;
+        self.changes.keep_tail(place, journal.superblock());
+    }
+
     /// An error if the overlay is poisoned.
     pub(super) fn check_poison(&self) -> Result<()> {
         match self.poison.get() {
@@ -179,7 +198,7 @@ impl<I: Io> Overlay<I> {
     }
 
     /// Poisons the overlay; the first reason stays.
-    pub(super) fn poison(&self, reason: impl Into<String>) {
+    pub(crate) fn poison(&self, reason: impl Into<String>) {
         let reason = reason.into();
         if self.poison.set(reason.clone()).is_ok() {
             tracing::error!(overlay = %self.id, reason, "overlay poisoned");
@@ -187,7 +206,11 @@ impl<I: Io> Overlay<I> {
     }
 
     /// An error of an operation on one of the files, in words.
-    pub(super) fn failed(&self, what: impl std::fmt::Display, error: std::io::Error) -> Error {
+    pub(in crate::cow) fn failed(
+        &self,
+        what: impl std::fmt::Display,
+        error: std::io::Error,
+    ) -> Error {
         Error::io(format!("overlay {}: {what}", self.id), error)
     }
 }
