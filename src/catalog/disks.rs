@@ -171,6 +171,8 @@ impl Node {
         let before = record.clone();
         record.tier = options.tier.or(record.tier);
         record.cache = options.cache.or(record.cache);
+        // Whoever adds it again wants it back.
+        record.draining = false;
         record.pool = options.placement.map_or(record.pool, |to| to == Placement::Pool);
         if record.pool && !replicas.is_empty() {
             return Err(Error::new(

@@ -30,8 +30,8 @@ use super::{
     record::{self, ReplicaRecord},
     replica::{reference_to, unplaced},
     scan::{DELETING, Reference, STAGING, ref_file},
-    status::ReplicaStatus,
-    view::{Replica, Slot, View},
+    status::{CopyState, ReplicaStatus},
+    view::{Copy, Replica, Slot, View, listed},
 };
 use crate::error::{Error, Kind, Result};
 
@@ -103,7 +103,9 @@ impl Node {
             .replicas
             .remove_tree(&staging)
             .and_then(|()| to.replicas.create(&staging))
-            .inspect_err(|_| drop(self.0.view().live.remove(&staging)))
+            .inspect_err(|_| {
+                self.0.view().live.remove(&staging);
+            })
             .map_err(within)?;
         let staged = StagedReplica {
             inner: self.0.clone(),
@@ -147,6 +149,30 @@ impl Node {
         self.write_record(&disk, record)
             .map_err(|error| error.within(format!("replica {name}")))?;
         self.replica(name)
+    }
+
+    /// Makes sure that nothing is left on a disk but what is elsewhere, too: the images of which it has
+    /// the last copy that serves are refused. (Whoever keeps several copies puts them elsewhere here.)
+    pub fn release_copies(&self, disk: &Name) -> Result<()> {
+        let view = self.0.view();
+        let id = view.disk(disk)?.known.id;
+        let last = view.images.values().filter(|image| {
+            let serves = |copy: &&Copy| copy.disk != id && copy.state() == CopyState::Ready;
+            image.copies.iter().any(|copy| copy.disk == id)
+                && !image.copies.iter().any(|c| serves(&c))
+        });
+        let names: Vec<_> = last.map(|image| listed(&image.names())).collect();
+        if names.is_empty() {
+            return Ok(());
+        }
+        Err(Error::new(
+            Kind::InUse,
+            format!(
+                "disk {disk}: its replicas have left; it has the last copy of {}: remove what stands \
+                 on it and the image, or import the image on another disk",
+                listed(&names)
+            ),
+        ))
     }
 
     /// Does what is to be done about moves that were interrupted, as far as it can be done.
@@ -217,17 +243,28 @@ impl Node {
 
     /// Replaces a replica's record, on the disk and in the view.
     pub(super) fn write_record(&self, disk: &Disk, record: ReplicaRecord) -> Result<()> {
-        record::write(&disk.replica(record.id)?, REPLICA_JSON, &record)?;
+        let dir = disk.replica(record.id)?;
+        let written = record::write(&dir, REPLICA_JSON, &record);
+        // Read again after an error: a failed write may have changed the record all the same.
+        let record = match &written {
+            Ok(()) => record,
+            Err(_) => record::read(&dir, REPLICA_JSON)?,
+        };
         let mut view = self.0.view();
         if let Some(found) = view.replicas.get_mut(&record.id).filter(|found| found.disk == disk.id)
         {
             found.record = record;
         }
-        Ok(())
+        written
     }
 }
 
 impl StagedReplica {
+    /// The replica's identity; the overlay's, too.
+    pub fn id(&self) -> Uuid {
+        self.id
+    }
+
     /// Opens the new `data` for reading and writing, with `flags` (such as `O_DIRECT`) beside.
     pub fn open_data(&self, flags: OFlag) -> Result<File> {
         self.dir.file(DATA, OFlag::O_RDWR | flags).map_err(|error| self.within(error))

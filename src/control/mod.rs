@@ -29,6 +29,7 @@ mod attachments;
 mod exports;
 mod job;
 mod metrics;
+mod moves;
 mod promotion;
 mod routes;
 mod tails;

@@ -53,12 +53,17 @@ pub fn router(service: Arc<Service>) -> Router {
         .route("/v1/status", get(status))
         .route("/v1/disks", get(list_disks).post(add_disk))
         .route("/v1/disks/{name}", get(inspect_disk).delete(remove_disk))
+        .route("/v1/disks/{name}/drain", post(drain_disk))
+        .route("/v1/disks/{name}/undrain", post(undrain_disk))
         .route("/v1/images", get(list_images).post(import_image))
         .route("/v1/images/{name}", get(inspect_image).delete(remove_image).put(upload_image))
         .route("/v1/images/{name}/verify", post(verify_image))
         .route("/v1/replicas", get(list_replicas).post(create_replica))
         .route("/v1/replicas/{name}", get(inspect_replica).delete(remove_replica))
         .route("/v1/replicas/{name}/resize", post(resize_replica))
+        .route("/v1/replicas/{name}/migrate", post(migrate_replica))
+        .route("/v1/replicas/{name}/flatten", post(flatten_replica))
+        .route("/v1/replicas/{name}/settle", post(settle_replica))
         .route("/v1/attachments", get(list_attachments).post(attach))
         .route("/v1/attachments/detach", post(detach))
         .route("/v1/caches", get(promotion::list_caches))
@@ -109,6 +114,8 @@ pub fn router(service: Arc<Service>) -> Router {
         add_disk,
         inspect_disk,
         remove_disk,
+        drain_disk,
+        undrain_disk,
         list_images,
         import_image,
         upload_image,
@@ -120,6 +127,9 @@ pub fn router(service: Arc<Service>) -> Router {
         inspect_replica,
         remove_replica,
         resize_replica,
+        migrate_replica,
+        flatten_replica,
+        settle_replica,
         list_attachments,
         attach,
         detach,
@@ -307,6 +317,66 @@ async fn resize_replica(
     Ok(Json(service.resize_replica(name, resize.size).await?))
 }
 
+/// Moves a replica to another disk while it is in use. Answers with lines: progress, then what has
+/// become of it. Whoever goes away before that gives it up: then nothing has happened.
+#[utoipa::path(post, path = "/v1/replicas/{name}/migrate", params(("name" = String, Path)),
+    request_body = Migrate, responses(
+    (status = 200, body = Event<Reworked>, content_type = "application/x-ndjson"),
+    (status = "4XX", body = Refusal)))]
+async fn migrate_replica(
+    State(service): Node,
+    Named(name): Named,
+    Input(to): Input<Migrate>,
+) -> Result<Response, Failure> {
+    let prepared = service.prepare_move(name, to).await?;
+    Ok(job::stream(service.jobs(), move |job| prepared.run(job)))
+}
+
+/// Copies what a replica still reads from its image, while it is in use, until it needs none. Answers
+/// with lines. Given up, it has copied some; the next time goes on there.
+#[utoipa::path(post, path = "/v1/replicas/{name}/flatten", params(("name" = String, Path)),
+    request_body = Flatten, responses(
+    (status = 200, body = Event<Reworked>, content_type = "application/x-ndjson"),
+    (status = "4XX", body = Refusal)))]
+async fn flatten_replica(
+    State(service): Node,
+    Named(name): Named,
+    Input(how): Input<Flatten>,
+) -> Result<Response, Failure> {
+    let prepared = service.prepare_flatten(name, how).await?;
+    Ok(job::stream(service.jobs(), move |job| prepared.run(job)))
+}
+
+/// Takes a replica up where it was before a move that was interrupted, and gives up what may be on the
+/// disk that it was to move to: for when that disk is lost.
+#[utoipa::path(post, path = "/v1/replicas/{name}/settle", params(("name" = String, Path)),
+    responses((status = 200, body = ReplicaView), (status = "4XX", body = Refusal)))]
+async fn settle_replica(State(service): Node, Named(name): Named) -> Answer<ReplicaView> {
+    Ok(Json(service.settle_replica(name).await?))
+}
+
+/// Moves every replica of a disk to other disks, while they are in use; the disk takes nothing new from
+/// then on. Answers with lines. Given up, what has moved has moved; the next time goes on there.
+#[utoipa::path(post, path = "/v1/disks/{name}/drain", params(("name" = String, Path)),
+    request_body = Drain, responses(
+    (status = 200, body = Event<Drained>, content_type = "application/x-ndjson"),
+    (status = "4XX", body = Refusal)))]
+async fn drain_disk(
+    State(service): Node,
+    Named(name): Named,
+    Input(drain): Input<Drain>,
+) -> Result<Response, Failure> {
+    let prepared = service.prepare_drain(name, drain).await?;
+    Ok(job::stream(service.jobs(), move |job| prepared.run(job)))
+}
+
+/// Lets a disk that was drained take new things again.
+#[utoipa::path(post, path = "/v1/disks/{name}/undrain", params(("name" = String, Path)),
+    responses((status = 200, body = DiskStatus), (status = "4XX", body = Refusal)))]
+async fn undrain_disk(State(service): Node, Named(name): Named) -> Answer<DiskStatus> {
+    Ok(Json(service.set_draining(&name, false).await?))
+}
+
 /// Every export that is a block device of this host.
 #[utoipa::path(get, path = "/v1/attachments",
     responses((status = 200, body = Vec<AttachmentView>)))]
@@ -446,7 +516,7 @@ mod tests {
                 described.push(format!("{method} {path}"));
             }
         }
-        assert_eq!(described.len(), 36, "{described:?}");
+        assert_eq!(described.len(), 41, "{described:?}");
         // References within the document lead somewhere.
         let text = document.to_string();
         for reference in text.split("\"$ref\":\"#/components/schemas/").skip(1) {

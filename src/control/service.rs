@@ -27,11 +27,12 @@ use crate::{
         exports::{Caches, Exports, IMAGE, REPLICA},
         job::Jobs,
         metrics::{Metrics, PageFormat, Sources},
+        moves::RATE,
         promotion::Promotion,
         socket::Socket,
         tails::Tails,
         views::Views,
-        work::{Import, Recording, Verify},
+        work::{DrainDisk, Import, Recording, Rework, Verify, What},
     },
     cow::Overlay,
     error::{Context, Error, Kind, Result},
@@ -406,6 +407,58 @@ impl Service {
         .await?;
         tracing::info!(replica = %name, size, "replica resized");
         self.replica(name).await
+    }
+
+    /// Prepares a replica's move to another disk.
+    pub async fn prepare_move(self: &Arc<Self>, name: Name, to: Migrate) -> Result<Rework> {
+        let disk = self.disk(to.disk.parse()?).await?.name;
+        self.rework(name, What::Move(disk), to.rate_bytes).await
+    }
+
+    /// Prepares to free a replica of its image.
+    pub async fn prepare_flatten(self: &Arc<Self>, name: Name, how: Flatten) -> Result<Rework> {
+        self.rework(name, What::Flatten, how.rate_bytes).await
+    }
+
+    async fn rework(self: &Arc<Self>, name: Name, what: What, rate: Option<u64>) -> Result<Rework> {
+        let replica = self.replica(name).await?.status;
+        Ok(Rework { service: self.clone(), replica, what, rate: rate.unwrap_or(RATE) })
+    }
+
+    /// Takes a replica up where it was before a move that was interrupted.
+    pub async fn settle_replica(&self, name: Name) -> Result<ReplicaView> {
+        let node = self.node.clone();
+        let status = blocking(move || node.settle_replica(&name)).await?;
+        tracing::info!(replica = %status.name, disk = %status.disk, "an interrupted move is given up");
+        Ok(self.replica_view(status, None))
+    }
+
+    /// Prepares the emptying of a disk.
+    pub async fn prepare_drain(self: &Arc<Self>, name: Name, drain: Drain) -> Result<DrainDisk> {
+        let disk = self.disk(name).await?.name;
+        let mut to = Vec::new();
+        for other in drain.to {
+            to.push(self.disk(other.parse()?).await?.name);
+        }
+        let rate = drain.rate_bytes.unwrap_or(RATE);
+        Ok(DrainDisk { service: self.clone(), disk, to, rate })
+    }
+
+    /// From now on a disk takes nothing new, or does again.
+    pub async fn set_draining(&self, name: &Name, draining: bool) -> Result<DiskStatus> {
+        let (node, by) = (self.node.clone(), name.clone());
+        let disk = blocking(move || node.set_draining(&by, draining)).await?;
+        tracing::info!(disk = %name, draining, "disk changed");
+        Ok(disk)
+    }
+
+    pub(super) async fn release_copies(&self, name: &Name) -> Result<DiskStatus> {
+        let (node, by) = (self.node.clone(), name.clone());
+        blocking(move || node.release_copies(&by).and_then(|()| node.disk(&by))).await
+    }
+
+    pub(super) fn exports(&self) -> &Exports {
+        &self.exports
     }
 
     /// Empties caches.

@@ -134,6 +134,11 @@ impl<I: Io> Overlay<I> {
         })
     }
 
+    /// Its identity.
+    pub fn id(&self) -> Uuid {
+        self.id
+    }
+
     /// Bytes of the device.
     pub fn size(&self) -> u64 {
         self.size.load(Ordering::Acquire)
