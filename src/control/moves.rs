@@ -355,7 +355,9 @@ mod tests {
         for _ in 0..1_000_000 {
             let step = left.min(4 << 20);
             let took = Duration::from_secs_f64(step as f64 / speed as f64 / 1000.0);
+            // Guests write the same over and over.
             left = left - step + (load as f64 * took.as_secs_f64() * 1000.0) as u64;
+            left = left.min(lacking);
             match approach.step(step, took, left) {
                 Next::Copy | Next::Hurry => {}
                 end => return (end, left, approach.slow),

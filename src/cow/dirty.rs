@@ -145,7 +145,8 @@ mod tests {
         for _ in 0..20_000 {
             if rng.u8(0..3) == 0 {
                 let start = rng.u64(0..3 * PAGE);
-                let end = start + rng.u64(1..if rng.bool() { 5 } else { 300 });
+                let longest = if rng.bool() { 5 } else { 300 };
+                let end = start + rng.u64(1..longest);
                 dirty.mark(start..end);
                 model.extend(start..end);
             } else {
