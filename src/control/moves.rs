@@ -224,6 +224,7 @@ impl Exports {
             let bytes = self.copy_step(moving).await?;
             let took = started.elapsed();
             (copied, unsettled) = (copied + bytes, unsettled + bytes);
+            course.did(bytes, copied + moving.left()).await?;
             let next = approach.step(bytes, took, moving.left());
             if unsettled >= SETTLE || next == Next::Switch {
                 let settled = moving.clone();
@@ -244,7 +245,6 @@ impl Exports {
                     ));
                 }
             }
-            course.did(bytes, copied + moving.left()).await?;
         }
     }
 

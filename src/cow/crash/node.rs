@@ -291,9 +291,11 @@ impl Node {
         self.faulty
     }
 
-    /// Whether the data file is.
+    /// Whether the data file is, or the one that it moves to.
     pub(super) fn is_buffered(&self) -> bool {
-        self.sim.align(&self.data) == 1
+        let buffered = |file| self.sim.align(file) == 1;
+        buffered(&self.data)
+            || matches!(&self.errand, Some(Errand::Move { data, .. }) if buffered(data))
     }
 
     /// What is to be done to the replica while guests use it, sometimes.
