@@ -114,6 +114,16 @@ impl Node {
         new: NewReplica,
         map: impl FnOnce(Uuid, u64) -> Vec<u8>,
     ) -> Result<ReplicaStatus> {
+        self.create_filled(new, map, |_| Ok(()))
+    }
+
+    /// Makes a replica that `fill` fills, durably, before anybody sees it.
+    pub fn create_filled(
+        &self,
+        new: NewReplica,
+        map: impl FnOnce(Uuid, u64) -> Vec<u8>,
+        fill: impl FnOnce(OpenReplica) -> Result<()>,
+    ) -> Result<ReplicaStatus> {
         new.name.for_new()?;
         let within = |error: Error| error.within(format!("replica {}", new.name));
         let id = Uuid::new_v4();
@@ -133,7 +143,7 @@ impl Node {
             .disk
             .check_writable()
             .and_then(|()| plan.copy.check_writable())
-            .and_then(|()| self.make(&plan, &map(id, plan.record.size)));
+            .and_then(|()| self.make(&plan, &map(id, plan.record.size), fill));
         made.map_err(|error| match error.kind() {
             Kind::NoSpace => within(error.within("a disk is full: free some space on it")),
             _ => within(error),
@@ -141,13 +151,26 @@ impl Node {
         self.replica_by_id(id)
     }
 
-    fn make(&self, plan: &Plan, map: &[u8]) -> Result<()> {
+    fn make(
+        &self,
+        plan: &Plan,
+        map: &[u8],
+        fill: impl FnOnce(OpenReplica) -> Result<()>,
+    ) -> Result<()> {
         let Plan { digest, disk, copy, reference, record } = plan;
         let digest = *digest;
         let replicas = &disk.replicas;
         let staging = OsString::from(format!("{STAGING}{}", record.id));
         let built = copy.copy(digest).and_then(|copy| copy.ensure(REFS)).and_then(|refs| {
             build(replicas, &staging, record, map, &refs, reference)?;
+            fill(OpenReplica {
+                id: record.id,
+                name: record.name.clone(),
+                disk: reference.disk_name.clone(),
+                digest: Some(digest),
+                size: record.size,
+                dir: replicas.open(&staging)?,
+            })?;
             replicas.rename(&staging, record.id.to_string())
         });
         if let Err(error) = built {

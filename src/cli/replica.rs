@@ -1,9 +1,17 @@
 //! `underlay replica`: writable devices that stand on an image.
 
+use std::{
+    fs::File,
+    path::{Path, PathBuf},
+};
+
 use clap::{Args, Subcommand};
 
 use super::{
-    Outcome, Setting, out,
+    Outcome, Setting,
+    export::Target,
+    image::read_ahead,
+    out,
     out::{Meter, Side, Table, facts},
     size,
 };
@@ -14,9 +22,9 @@ use crate::{
             CreateReplica, Flatten as FlattenRequest, Migrate as MigrateRequest, Removed,
             ReplicaView, Resize as ResizeRequest, Reworked,
         },
-        client::escape,
+        client::{Upload, escape},
     },
-    error::Result,
+    error::{Context, Result},
 };
 
 /// Create, grow, move and remove replicas, and look at them.
@@ -29,6 +37,8 @@ pub enum Replica {
     Migrate(Migrate),
     Flatten(Flatten),
     Settle(Settle),
+    Export(Export),
+    Import(Import),
     Rm(Rm),
 }
 
@@ -121,6 +131,42 @@ pub struct Settle {
     name: Name,
 }
 
+/// Write the content of a replica to a file. One that clients have open is refused, unless --live: then
+/// each block is as it is when it is read.
+#[derive(Debug, Args)]
+#[command(after_help = "Examples:\n  \
+    underlay replica export vm1 vm1.qcow2 --format qcow2\n  \
+    underlay replica export vm1 - | zstd > vm1.raw.zst\n  \
+    underlay replica export vm1 --overlay vm1.overlay")]
+pub struct Export {
+    /// The replica's name or id.
+    #[arg(value_parser = super::name)]
+    name: Name,
+    #[command(flatten)]
+    target: Target,
+    /// Only what was written to the replica, into this file (- for standard output): with the digest of
+    /// its image, for `replica import` on a node that has that image.
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["file", "format"])]
+    overlay: Option<PathBuf>,
+    /// Also while clients have it open.
+    #[arg(long)]
+    live: bool,
+}
+
+/// Make a replica of an overlay that was exported. The image that it stands on must be on this node.
+#[derive(Debug, Args)]
+#[command(after_help = "Example:\n  underlay replica import vm1.overlay vm1 --disk a")]
+pub struct Import {
+    /// The file; - for standard input.
+    file: PathBuf,
+    /// What to call the replica.
+    #[arg(value_parser = super::name)]
+    name: Name,
+    /// The disk for the replica's own writes; any but a pool disk.
+    #[arg(long, value_parser = super::name)]
+    disk: Name,
+}
+
 /// Remove a replica and everything that was written to it. Refused while a client is attached.
 #[derive(Debug, Args)]
 #[command(visible_alias = "remove", after_help = "Example:\n  underlay replica rm vm1")]
@@ -207,6 +253,36 @@ impl Replica {
                 let replica: ReplicaView = client.post(&path, &()).await?;
                 setting.show(&replica, |it| {
                     format!("replica {} is on disk {}\n", it.status.name, it.status.disk)
+                })?;
+            }
+            Replica::Export(Export { name, target, overlay, live }) => {
+                let only = overlay.is_some();
+                let path = format!("{}/content?overlay={only}&live={live}", path_of(&name));
+                let target = overlay.map_or(target, Target::overlay);
+                target.fetch(&client, &path, setting).await?;
+            }
+            Replica::Import(Import { file, name, disk }) => {
+                let path = format!("{}/content?disk={}", path_of(&name), escape(disk.as_str()));
+                let upload = if file == Path::new("-") {
+                    Upload { content: read_ahead(std::io::stdin()), length: None }
+                } else {
+                    let opened = File::open(&file);
+                    let opened = opened.context(|| format!("opening {}", file.display()))?;
+                    let length =
+                        opened.metadata().ok().filter(|it| it.is_file()).map(|it| it.len());
+                    Upload { content: read_ahead(opened), length }
+                };
+                let mut meter = Meter::new();
+                let replica: ReplicaView =
+                    client.upload(&path, upload, |progress| meter.show(progress)).await?;
+                drop(meter);
+                setting.show(&replica, |it| {
+                    format!(
+                        "replica {} of {} is ready: export {}\n",
+                        it.status.name,
+                        size::format(it.status.size),
+                        it.export
+                    )
                 })?;
             }
             Replica::Rm(Rm { name }) => {

@@ -165,6 +165,28 @@ pub struct Reworked {
     pub paused_ms: f64,
 }
 
+/// What of a replica is exported.
+#[derive(Clone, Debug, Default, Serialize, Deserialize, IntoParams)]
+#[serde(deny_unknown_fields)]
+#[into_params(parameter_in = Query)]
+pub struct ExportOptions {
+    /// Only what was written to it, with the digest of the image that it stands on.
+    #[serde(default)]
+    pub overlay: bool,
+    /// Also while clients have it open: each block as it is when it is read.
+    #[serde(default)]
+    pub live: bool,
+}
+
+/// Where a replica whose overlay is sent along is to be.
+#[derive(Clone, Debug, Serialize, Deserialize, IntoParams)]
+#[serde(deny_unknown_fields)]
+#[into_params(parameter_in = Query)]
+pub struct ImportOptions {
+    /// The disk to put its writes on.
+    pub disk: String,
+}
+
 /// How a disk is to be emptied.
 #[derive(Clone, Debug, Default, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]

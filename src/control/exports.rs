@@ -27,7 +27,7 @@ use crate::{
         AnyDevice, BaseImage, Below, Content, Export, Figures, Footing, Replica,
         nbd::Exports as Offered,
     },
-    catalog::{Digest, Name, Node, Removed, ReplicaStatus, StagedReplica, Tier},
+    catalog::{Digest, Name, Node, OpenReplica, Removed, ReplicaStatus, StagedReplica, Tier},
     control::{
         config::Caching,
         service::blocking,
@@ -402,6 +402,20 @@ impl Exports {
         let opened =
             self.run(move |ring| async move { Overlay::open(&ring, data, map, id, None).await });
         Ok((staged, opened.await?))
+    }
+
+    /// Opens the files of a replica that nobody sees yet.
+    pub(super) async fn overlay_files(
+        &self,
+        files: OpenReplica,
+    ) -> Result<(Uuid, RingFile, RingFile)> {
+        let caching = self.caching.overlays;
+        blocking(move || {
+            let (data, _) = overlay_file(&files.name, caching, &|flags| files.open_data(flags))?;
+            let (map, _) = overlay_file(&files.name, caching, &|flags| files.open_map(flags))?;
+            Ok((files.id, data, map))
+        })
+        .await
     }
 
     /// Runs a future on one of the rings.

@@ -26,6 +26,7 @@ pub mod service;
 pub mod socket;
 
 mod attachments;
+mod export;
 mod exports;
 mod job;
 mod metrics;

@@ -51,7 +51,7 @@ pub struct Course<'a> {
     /// Bytes a second; 0 for no bound.
     rate: u64,
     began: Instant,
-    /// Bytes at the rate that is bounded.
+    /// Bytes that were copied.
     bytes: u64,
     done: u64,
 }
@@ -62,10 +62,11 @@ impl<'a> Course<'a> {
         Course { job, phase: phase.into(), rate, began: Instant::now(), bytes: 0, done: 0 }
     }
 
-    /// `bytes` are done of `total`: tells so, and waits until more may be done.
-    pub async fn did(&mut self, bytes: u64, total: u64) -> Result<()> {
+    /// `bytes` are done of `total`, `copied` of them by copying: tells so, and waits until more may be
+    /// copied.
+    pub async fn did(&mut self, bytes: u64, copied: u64, total: u64) -> Result<()> {
         self.done += bytes;
-        self.bytes += bytes;
+        self.bytes += copied;
         self.job.report(Progress {
             phase: self.phase.clone(),
             done_bytes: self.done,
@@ -87,7 +88,7 @@ impl<'a> Course<'a> {
     pub fn check(&self) -> Result<()> {
         match self.job.cancel().load(Ordering::Acquire) {
             false => Ok(()),
-            true => Err(Error::new(Kind::Cancelled, "given up: nothing has changed")),
+            true => Err(Error::new(Kind::Cancelled, "given up")),
         }
     }
 
@@ -224,7 +225,7 @@ impl Exports {
             let bytes = self.copy_step(moving).await?;
             let took = started.elapsed();
             (copied, unsettled) = (copied + bytes, unsettled + bytes);
-            course.did(bytes, copied + moving.left()).await?;
+            course.did(bytes, bytes, copied + moving.left()).await?;
             let next = approach.step(bytes, took, moving.left());
             if unsettled >= SETTLE || next == Next::Switch {
                 let settled = moving.clone();
@@ -316,12 +317,10 @@ impl Exports {
                 unflushed = 0;
             }
             next = step.next;
+            course.did(looked_at, step.copied, total).await?;
             if next >= total {
                 break;
             }
-            // What is passed over costs nothing: the rate is that of what is copied.
-            course.bytes = course.bytes.saturating_sub(looked_at - step.copied.min(looked_at));
-            course.did(looked_at, total).await?;
         }
         course.check()?;
         let (node, by) = (self.node.clone(), status.id.to_string().parse::<Name>()?);

@@ -30,6 +30,7 @@ use crate::{
     control::{
         api::*,
         event::{ErrorBody, Event, Progress, Refusal},
+        export::{self, Export},
         job, metrics,
         server::Peer,
         service::{Service, blocking},
@@ -64,6 +65,8 @@ pub fn router(service: Arc<Service>) -> Router {
         .route("/v1/replicas/{name}/migrate", post(migrate_replica))
         .route("/v1/replicas/{name}/flatten", post(flatten_replica))
         .route("/v1/replicas/{name}/settle", post(settle_replica))
+        .route("/v1/replicas/{name}/content", get(export_replica).put(import_replica))
+        .route("/v1/images/{name}/content", get(export_image))
         .route("/v1/attachments", get(list_attachments).post(attach))
         .route("/v1/attachments/detach", post(detach))
         .route("/v1/caches", get(promotion::list_caches))
@@ -130,6 +133,9 @@ pub fn router(service: Arc<Service>) -> Router {
         migrate_replica,
         flatten_replica,
         settle_replica,
+        export_replica,
+        import_replica,
+        export_image,
         list_attachments,
         attach,
         detach,
@@ -355,6 +361,61 @@ async fn settle_replica(State(service): Node, Named(name): Named) -> Answer<Repl
     Ok(Json(service.settle_replica(name).await?))
 }
 
+/// The content of a replica as a stream of pieces (docs/FORMAT.md): what isn't zeros, or what the
+/// overlay holds.
+#[utoipa::path(get, path = "/v1/replicas/{name}/content",
+    params(("name" = String, Path), ExportOptions), responses(
+    (status = 200, body = Vec<u8>, content_type = "application/octet-stream"),
+    (status = "4XX", body = Refusal)))]
+async fn export_replica(
+    State(service): Node,
+    Named(name): Named,
+    options: Result<Query<ExportOptions>, QueryRejection>,
+) -> Result<Response, Failure> {
+    let Query(options) = options.map_err(|error| misshapen(error.body_text()))?;
+    Ok(pour(service.prepare_export(name, options).await?))
+}
+
+/// Makes a replica of an overlay that was exported. Answers, while it reads, with lines.
+#[utoipa::path(put, path = "/v1/replicas/{name}/content",
+    params(("name" = String, Path), ImportOptions),
+    request_body(content = Vec<u8>, content_type = "application/octet-stream"), responses(
+    (status = 200, body = Event<ReplicaView>, content_type = "application/x-ndjson"),
+    (status = "4XX", body = Refusal)))]
+async fn import_replica(
+    State(service): Node,
+    Named(name): Named,
+    options: Result<Query<ImportOptions>, QueryRejection>,
+    request: Request,
+) -> Result<Response, Failure> {
+    let Query(options) = options.map_err(|error| misshapen(error.body_text()))?;
+    let prepared = match service.prepare_overlay(name, options).await {
+        Ok(prepared) => prepared,
+        Err(error) => {
+            upload::refuse(request.into_body());
+            return Err(error.into());
+        }
+    };
+    let reader = upload::reader(request.into_body());
+    Ok(job::stream(service.jobs(), move |job| prepared.run(reader, job)))
+}
+
+/// The content of an image as a stream of pieces (docs/FORMAT.md): what isn't zeros.
+#[utoipa::path(get, path = "/v1/images/{name}/content", params(("name" = String, Path)), responses(
+    (status = 200, body = Vec<u8>, content_type = "application/octet-stream"),
+    (status = "4XX", body = Refusal)))]
+async fn export_image(State(service): Node, Named(name): Named) -> Result<Response, Failure> {
+    Ok(pour(service.prepare_image_export(name).await?))
+}
+
+/// The stream of an export, for as long as somebody reads it.
+fn pour(prepared: Export) -> Response {
+    let (sender, pieces) = export::body();
+    tokio::task::spawn_blocking(move || prepared.run(sender));
+    let body = Body::from_stream(tokio_stream::wrappers::ReceiverStream::new(pieces));
+    ([(header::CONTENT_TYPE, "application/octet-stream")], body).into_response()
+}
+
 /// Moves every replica of a disk to other disks, while they are in use; the disk takes nothing new from
 /// then on. Answers with lines. Given up, what has moved has moved; the next time goes on there.
 #[utoipa::path(post, path = "/v1/disks/{name}/drain", params(("name" = String, Path)),
@@ -516,7 +577,7 @@ mod tests {
                 described.push(format!("{method} {path}"));
             }
         }
-        assert_eq!(described.len(), 41, "{described:?}");
+        assert_eq!(described.len(), 44, "{described:?}");
         // References within the document lead somewhere.
         let text = document.to_string();
         for reference in text.split("\"$ref\":\"#/components/schemas/").skip(1) {

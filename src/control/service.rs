@@ -15,7 +15,7 @@ use std::{
 use uuid::Uuid;
 
 use crate::{
-    blockdev::{nbd, ublk::Stop},
+    blockdev::{AnyDevice, nbd, ublk::Stop},
     catalog::{
         self, DiskOptions, DiskStatus, FsckReport, ImageStatus, Name, NewReplica, Node, Placement,
         Repair, ReplicaStatus, Target,
@@ -24,6 +24,7 @@ use crate::{
         api::*,
         attachments::{Attachments, Links, Servers},
         config::Config,
+        export::{self, Export, ImportOverlay},
         exports::{Caches, Exports, IMAGE, REPLICA},
         job::Jobs,
         metrics::{Metrics, PageFormat, Sources},
@@ -36,7 +37,7 @@ use crate::{
     },
     cow::Overlay,
     error::{Context, Error, Kind, Result},
-    image::Format,
+    image::{Format, parcel::Header},
     io::{Ring, Rings},
 };
 
@@ -431,6 +432,67 @@ impl Service {
         let status = blocking(move || node.settle_replica(&name)).await?;
         tracing::info!(replica = %status.name, disk = %status.disk, "an interrupted move is given up");
         Ok(self.replica_view(status, None))
+    }
+
+    /// Prepares the export of a replica's content.
+    pub async fn prepare_export(
+        self: &Arc<Self>,
+        name: Name,
+        options: ExportOptions,
+    ) -> Result<Export> {
+        let ReplicaView { status, clients, .. } = self.replica(name).await?;
+        let over = match (options.overlay, status.digest) {
+            (false, _) => None,
+            (true, Some(digest)) => {
+                let image = self.image(digest.to_string().parse()?).await?.status;
+                Some((image.size, image.source))
+            }
+            (true, None) => {
+                let what = format!(
+                    "replica {}: it stands on no image: export it whole, without --overlay",
+                    status.name
+                );
+                return Err(Error::new(Kind::Invalid, what));
+            }
+        };
+        let (replica, watch) = self.exports.watch(&status, &options, &clients).await?;
+        Ok(Export {
+            service: self.clone(),
+            header: export::header(&status, over, replica.overlay().size()),
+            device: AnyDevice::Replica(replica),
+            watch,
+            what: format!("replica {}", status.name),
+            replica: (!options.live).then_some(status),
+        })
+    }
+
+    /// Prepares the export of an image's content.
+    pub async fn prepare_image_export(self: &Arc<Self>, name: Name) -> Result<Export> {
+        let status = self.image(name.clone()).await?.status;
+        let base = self.exports.base(status.digest).await?;
+        Ok(Export {
+            service: self.clone(),
+            header: Header { size: status.size, over: None },
+            device: AnyDevice::Base(base),
+            watch: None,
+            what: format!("image {name}"),
+            replica: None,
+        })
+    }
+
+    /// Prepares a replica whose overlay is sent along.
+    pub async fn prepare_overlay(
+        self: &Arc<Self>,
+        name: Name,
+        options: ImportOptions,
+    ) -> Result<ImportOverlay> {
+        name.for_new()?;
+        let disk = self.disk(options.disk.parse()?).await?.name;
+        Ok(ImportOverlay { service: self.clone(), name, disk })
+    }
+
+    pub(super) fn node(&self) -> &Node {
+        &self.node
     }
 
     /// Prepares the emptying of a disk.

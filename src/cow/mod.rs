@@ -52,7 +52,7 @@ pub use gate::{Closed, Gate, Inside};
 pub(crate) use overlay::run_all;
 pub use overlay::{Overlay, Stats};
 pub use plan::{Plan, Segment, Source};
-pub use relocate::Relocation;
+pub use relocate::{Relocation, Watch};
 
 use crate::{
     error::Result,

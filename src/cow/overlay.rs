@@ -20,7 +20,7 @@ use super::{
     Base,
     changes::Changes,
     commit::Journal,
-    format::{self, check_size},
+    format::{self, State, check_size},
     locks::RangeLocks,
     plan::Plan,
     recover,
@@ -29,7 +29,7 @@ use super::{
 use crate::{
     error::{Error, Kind, Result},
     io::Io,
-    units::check_range,
+    units::{self, BLOCK, check_range},
 };
 
 /// I/O operations that one request has in flight at most.
@@ -158,6 +158,14 @@ impl<I: Io> Overlay<I> {
     ) -> Result<Plan<'a, I, B>> {
         let end = check_range(offset, len, self.size())?;
         Ok(Plan::new(self.changes.map(), base, offset..end))
+    }
+
+    /// What the overlay itself holds from the block at `offset` on, and where that ends, in bytes:
+    /// pure, no I/O. `offset` is a multiple of 4096 below the size.
+    pub fn own(&self, offset: u64) -> (State, u64) {
+        let blocks = offset / BLOCK..units::blocks(self.size());
+        let (state, end) = self.changes.map().run(blocks);
+        (state, (end * BLOCK).min(self.size()))
     }
 
     /// Figures.

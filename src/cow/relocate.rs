@@ -147,6 +147,34 @@ impl<I: Io> Relocation<I> {
     }
 }
 
+/// Somebody who wants to know whether an overlay changes; there is one at most, moves included.
+pub struct Watch<I: Io>(Arc<Overlay<I>>);
+
+impl<I: Io> Watch<I> {
+    /// Watches `overlay` from now on.
+    ///
+    /// # Errors
+    /// `InUse` if it is being moved, `Poisoned` if nobody can tell any more what it holds.
+    pub fn begin(overlay: Arc<Overlay<I>>) -> Result<Watch<I>> {
+        overlay.check_poison()?;
+        match overlay.changes.dirty().start() {
+            true => Ok(Watch(overlay)),
+            false => Err(Error::new(Kind::InUse, "it is being moved or exported already")),
+        }
+    }
+
+    /// Whether it has changed.
+    pub fn has_changed(&self) -> bool {
+        self.0.changes.dirty().count() > 0
+    }
+}
+
+impl<I: Io> Drop for Watch<I> {
+    fn drop(&mut self) {
+        self.0.changes.dirty().stop();
+    }
+}
+
 impl<I: Io> Drop for Relocation<I> {
     fn drop(&mut self) {
         self.from.changes.dirty().stop();
