@@ -76,7 +76,7 @@ fn raw_and_qcow2_hold_what_clients_read() {
     assert!(told.contains("name a file"), "{told}");
     daemon.ok(&["replica", "export", "vm1", text(&qcow2), "--format", "qcow2"]);
     if qemu_img(&["check", "-f", "qcow2", text(&qcow2)]) {
-        qemu_img(&["compare", "-s", "-f", "raw", "-F", "qcow2", text(&raw), text(&qcow2)]);
+        qemu_img(&["compare", "-f", "raw", "-F", "qcow2", text(&raw), text(&qcow2)]);
     }
     // Our own reader takes it, too: the same content is the same image.
     daemon.ok(&["image", "import", text(&qcow2), "--name", "again"]);
@@ -88,7 +88,7 @@ fn raw_and_qcow2_hold_what_clients_read() {
     assert!(fs::read(&base).unwrap() == image);
     daemon.ok(&["image", "export", "base", text(&qcow2), "--format", "qcow2"]);
     if qemu_img(&["check", "-f", "qcow2", text(&qcow2)]) {
-        qemu_img(&["compare", "-s", "-f", "raw", "-F", "qcow2", text(&base), text(&qcow2)]);
+        qemu_img(&["compare", "-f", "raw", "-F", "qcow2", text(&base), text(&qcow2)]);
     }
     assert!(!fs::exists(daemon.path("vm1.raw.part")).unwrap());
 }

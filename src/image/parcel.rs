@@ -344,6 +344,12 @@ mod tests {
         Ok((reader.header().clone(), pieces))
     }
 
+    /// The bytes of version 1 are a promise: this test pins them.
+    #[test]
+    fn the_format_is_pinned() {
+        assert!(sample() == include_bytes!("../../tests/fixtures/parcel-v1.bin"));
+    }
+
     #[test]
     fn what_was_written_is_read() {
         let (header, pieces) = read(&sample()).unwrap();

@@ -110,22 +110,39 @@ impl Guests {
         };
         let mut tasks: Vec<_> = (0..count).map(guest).collect();
         if let Some(errand) = errand {
-            tasks.push(Box::pin(async move {
-                let patience = self.state.borrow_mut().rng.usize(0..12);
-                let (sim, gate, tail) = (&self.sim, &self.gate, self.tail.clone());
-                let (catalogue, mutant) = (self.catalogue, self.mutant);
-                let runner = Runner { sim, gate, tail, catalogue, mutant, patience };
-                tracing::debug!(?errand, "begins");
-                // Nothing is at rest meanwhile.
-                self.state.borrow_mut().busy.push((0, 0..0));
-                let done = runner.run(errand).await;
-                self.state.borrow_mut().busy.retain(|(busy, _)| *busy != 0);
-                self.state.borrow_mut().outcome.errands += u64::from(done.is_ok());
-                tracing::debug!(?errand, ?done, "ended");
-                self.settle(done);
-            }));
+            let patience = self.state.borrow_mut().rng.usize(0..12);
+            tasks.push(Box::pin(self.run(errand, patience)));
         }
         self.sim.run(tasks, steps)
+    }
+
+    /// Lets one guest do these things in this order, while an errand is run.
+    pub(super) fn play_meanwhile(
+        &self,
+        errand: Errand,
+        script: &[Action],
+        steps: Option<u64>,
+    ) -> End {
+        let guest = async {
+            for action in script {
+                self.act(*action).await;
+            }
+        };
+        self.sim.run(vec![Box::pin(guest), Box::pin(self.run(errand, 1))], steps)
+    }
+
+    async fn run(&self, errand: Errand, patience: usize) {
+        let (sim, gate, tail) = (&self.sim, &self.gate, self.tail.clone());
+        let (catalogue, mutant) = (self.catalogue, self.mutant);
+        let runner = Runner { sim, gate, tail, catalogue, mutant, patience };
+        tracing::debug!(?errand, "begins");
+        // Nothing is at rest meanwhile.
+        self.state.borrow_mut().busy.push((0, 0..0));
+        let done = runner.run(errand).await;
+        self.state.borrow_mut().busy.retain(|(busy, _)| *busy != 0);
+        self.state.borrow_mut().outcome.errands += u64::from(done.is_ok());
+        tracing::debug!(?errand, ?done, "ended");
+        self.settle(done);
     }
 
     /// Lets one guest do these things in this order.

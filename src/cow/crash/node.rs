@@ -306,25 +306,36 @@ impl Node {
             Some(Mutant::UnsyncedTarget | Mutant::OpenGate | Mutant::EarlySwitch) => number < 6,
             _ => number < 3,
         };
-        self.errand = match number {
-            _ if !wanted => None,
-            // What a device shows of its image when it grows later would be gone: none is smaller.
-            0 if self.image.size > size.min(1 << 20) => None,
-            0 => Some(Errand::Flatten { then: Catalogue { flat: 1, ..self.known } }),
-            _ => {
-                let aligns = [1, 512, 4096];
-                let data = self.sim.create(aligns[rng.usize(0..3)], &[], size);
-                let records = if rng.bool() { format::RECORDS } else { rng.u32(2..6) };
-                let blank = format::blank(ID, size, records);
-                let map = self.sim.create(aligns[rng.usize(0..3)], &blank, 0);
-                if self.mutant == Some(Mutant::UnsyncedTarget) {
-                    self.sim.set_lie(data, Lie::Sync);
-                }
-                let place = self.known.place.wrapping_add(1);
-                Some(Errand::Move { data, map, then: Catalogue { place, ..self.known } })
-            }
-        };
-        self.errand
+        self.errand = None;
+        if !wanted {
+            return None;
+        }
+        if number > 0 {
+            let aligns = [1, 512, 4096];
+            let align = (aligns[rng.usize(0..3)], aligns[rng.usize(0..3)]);
+            let records = if rng.bool() { format::RECORDS } else { rng.u32(2..6) };
+            return Some(self.to_move(align, records));
+        }
+        // What a device shows of its image when it grows later would be gone: none is smaller.
+        (self.image.size <= size.min(1 << 20)).then(|| self.to_flatten())
+    }
+
+    /// The replica is to move to new files.
+    pub(super) fn to_move(&mut self, align: (u64, u64), records: u32) -> Errand {
+        let size = self.sizes.borrow().last().copied().unwrap_or_default();
+        let data = self.sim.create(align.0, &[], size);
+        let map = self.sim.create(align.1, &format::blank(ID, size, records), 0);
+        if self.mutant == Some(Mutant::UnsyncedTarget) {
+            self.sim.set_lie(data, Lie::Sync);
+        }
+        let place = self.known.place.wrapping_add(1);
+        let then = Catalogue { place, ..self.known };
+        *self.errand.insert(Errand::Move { data, map, then })
+    }
+
+    /// The replica is to need its image no longer.
+    pub(super) fn to_flatten(&mut self) -> Errand {
+        *self.errand.insert(Errand::Flatten { then: Catalogue { flat: 1, ..self.known } })
     }
 
     /// Finds out where the replica is, as the scan of a catalogue does.
