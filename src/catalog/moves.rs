@@ -29,6 +29,7 @@ use super::{
     node::{Claimed, Inner, Node},
     record::{self, ReplicaRecord},
     replica::{reference_to, unplaced},
+    report::taken,
     scan::{DELETING, Reference, STAGING, ref_file},
     status::{CopyState, ReplicaStatus},
     view::{Copy, Replica, Slot, View, listed},
@@ -69,12 +70,12 @@ pub(crate) enum Settlement {
 }
 
 impl Node {
-    /// Begins to move a replica to the disk `to`. `map` gives the first bytes of the map of an empty
+    /// Begins to move a replica to the disk `to_name`. `map` gives the first bytes of the map of an empty
     /// overlay of that id and size.
     pub fn stage_move(
         &self,
         replica: &Name,
-        to: &Name,
+        to_name: &Name,
         size: u64,
         map: impl FnOnce(Uuid, u64) -> Vec<u8>,
     ) -> Result<StagedReplica> {
@@ -83,7 +84,7 @@ impl Node {
             self.0.claim(format!("replica {replica}"), |view| {
                 let (id, found) = view.replica(replica)?;
                 check_settled(view, found)?;
-                let slot = view.disk(to)?;
+                let slot = view.disk(to_name)?;
                 let to = check_target(slot).map_err(within)?;
                 if found.disk == to.id {
                     let what = format!("it is on disk {} already", slot.known.name);
@@ -95,6 +96,11 @@ impl Node {
                 Ok((wants, (id, found.record.name.clone(), from, to)))
             })?;
         from.check_writable().and_then(|()| to.check_writable()).map_err(within)?;
+        let (bytes, free) = (taken(&from, id), to.home.space().map_err(within)?.free);
+        if free < bytes {
+            let what = format!("it takes {bytes} bytes, and {free} are free on disk {to_name}");
+            return Err(within(Error::new(Kind::NoSpace, what + ": free some, or choose another")));
+        }
         let staging = OsString::from(format!("{STAGING}{id}"));
         if !self.0.view().live.insert(staging.clone()) {
             return Err(within(Error::new(Kind::InUse, "it is being moved already")));

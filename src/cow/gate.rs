@@ -102,7 +102,10 @@ impl<T> Gate<T> {
 impl<T> Gate<T> {
     /// Looks at what is behind the gate at this moment, also while it is closed.
     pub fn look<R>(&self, look: impl FnOnce(&T) -> R) -> R {
-        look(&self.behind.read().unwrap_or_else(PoisonError::into_inner))
+        // Whoever closes it may have met us.
+        let _leave = Leave(self);
+        let behind = self.behind.read().unwrap_or_else(PoisonError::into_inner);
+        look(&behind)
     }
 }
 
