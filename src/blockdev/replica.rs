@@ -34,7 +34,13 @@ pub struct Footing<I: Io> {
 }
 
 /// What is below a replica's overlay: nothing, or the image's copy as it is seen from the overlay's disk.
-pub struct Below<I: Io>(Option<(Arc<BaseImage<I>>, Arc<View<I>>)>);
+pub struct Below<I: Io>(Option<Seen<I>>);
+
+/// An image's copy, and the view of it.
+struct Seen<I: Io> {
+    copy: Arc<BaseImage<I>>,
+    view: Arc<View<I>>,
+}
 
 impl<I: Io> Below<I> {
     /// Nothing: what the overlay does not hold is zeros.
@@ -42,18 +48,19 @@ impl<I: Io> Below<I> {
 
     /// An image's copy, as `view` shows it.
     pub fn image(copy: Arc<BaseImage<I>>, view: Arc<View<I>>) -> Below<I> {
-        Below(Some((copy, view)))
+        Below(Some(Seen { copy, view }))
     }
 
     /// The image's copy.
     pub fn copy(&self) -> Option<&Arc<BaseImage<I>>> {
-        self.0.as_ref().map(|(copy, _)| copy)
+        self.0.as_ref().map(|seen| &seen.copy)
     }
 }
 
 impl<I: Io> Clone for Below<I> {
     fn clone(&self) -> Below<I> {
-        Below(self.0.clone())
+        let again = |seen: &Seen<I>| Seen { copy: seen.copy.clone(), view: seen.view.clone() };
+        Below(self.0.as_ref().map(again))
     }
 }
 
@@ -66,23 +73,23 @@ impl<I: Io> Clone for Footing<I> {
 
 impl<I: Io> Base<I> for Below<I> {
     fn size(&self) -> u64 {
-        self.0.as_ref().map_or(0, |(copy, _)| Base::size(&**copy))
+        self.0.as_ref().map_or(0, |seen| Base::size(&*seen.copy))
     }
 
     fn is_zero(&self, block: Block) -> bool {
-        self.0.as_ref().is_none_or(|(copy, _)| copy.is_zero(block))
+        self.0.as_ref().is_none_or(|seen| seen.copy.is_zero(block))
     }
 
     fn zero_run(&self, blocks: Range<u64>) -> (bool, u64) {
         match &self.0 {
-            Some((copy, _)) => copy.zero_run(blocks),
+            Some(seen) => seen.copy.zero_run(blocks),
             None => (true, blocks.end),
         }
     }
 
     async fn read(&self, io: &I, offset: u64, buf: Buf) -> Result<()> {
         match &self.0 {
-            Some((copy, view)) => view.read(io, &**copy, offset, buf).await,
+            Some(seen) => seen.view.read(io, &*seen.copy, offset, buf).await,
             None => {
                 buf.fill(0);
                 Ok(())
@@ -91,8 +98,8 @@ impl<I: Io> Base<I> for Below<I> {
     }
 
     fn overlay_was_read(&self, took: Duration) {
-        if let Some((_, view)) = &self.0 {
-            view.demand.overlay.record(took);
+        if let Some(seen) = &self.0 {
+            seen.view.demand.overlay.record(took);
         }
     }
 }

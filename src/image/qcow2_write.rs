@@ -141,7 +141,7 @@ impl<W: Write + Seek> Writer<W> {
             if cluster.iter().any(|byte| *byte != 0) {
                 let at = self.take();
                 self.put(at, &cluster)?;
-                self.l2[(self.index % L2) as usize] = at * CLUSTER | COPIED;
+                self.l2[(self.index % L2) as usize] = (at * CLUSTER) | COPIED;
             }
             self.cluster = cluster;
             self.cluster.fill(0);
@@ -154,7 +154,7 @@ impl<W: Write + Seek> Writer<W> {
             let at = self.take();
             let table = padded(&self.l2);
             self.put(at, &table)?;
-            self.l1[self.l2_index as usize] = at * CLUSTER | COPIED;
+            self.l1[self.l2_index as usize] = (at * CLUSTER) | COPIED;
             self.l2.fill(0);
         }
         Ok(())

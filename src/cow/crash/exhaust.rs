@@ -194,8 +194,8 @@ fn play(
     let Some(overlay) = node.open()? else { return Err("the disk is sound".to_owned()) };
     let errand = match meanwhile {
         Meanwhile::Nothing => None,
-        Meanwhile::Move => Some(node.to_move((512, 4096), 2)),
-        Meanwhile::Flatten => Some(node.to_flatten()),
+        Meanwhile::Move => Some(node.plan_move((512, 4096), 2)),
+        Meanwhile::Flatten => Some(node.plan_flatten()),
     };
     let guests = Guests::new(node, overlay, fastrand::Rng::with_seed(1));
     guests.play(warm_up, None);

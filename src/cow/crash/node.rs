@@ -314,14 +314,14 @@ impl Node {
             let aligns = [1, 512, 4096];
             let align = (aligns[rng.usize(0..3)], aligns[rng.usize(0..3)]);
             let records = if rng.bool() { format::RECORDS } else { rng.u32(2..6) };
-            return Some(self.to_move(align, records));
+            return Some(self.plan_move(align, records));
         }
         // What a device shows of its image when it grows later would be gone: none is smaller.
-        (self.image.size <= size.min(1 << 20)).then(|| self.to_flatten())
+        (self.image.size <= size.min(1 << 20)).then(|| self.plan_flatten())
     }
 
     /// The replica is to move to new files.
-    pub(super) fn to_move(&mut self, align: (u64, u64), records: u32) -> Errand {
+    pub(super) fn plan_move(&mut self, align: (u64, u64), records: u32) -> Errand {
         let size = self.sizes.borrow().last().copied().unwrap_or_default();
         let data = self.sim.create(align.0, &[], size);
         let map = self.sim.create(align.1, &format::blank(ID, size, records), 0);
@@ -334,7 +334,7 @@ impl Node {
     }
 
     /// The replica is to need its image no longer.
-    pub(super) fn to_flatten(&mut self) -> Errand {
+    pub(super) fn plan_flatten(&mut self) -> Errand {
         *self.errand.insert(Errand::Flatten { then: Catalogue { flat: 1, ..self.known } })
     }
 
