@@ -297,7 +297,7 @@ pub(crate) fn check_name(view: &View, name: &Name, digest: Digest) -> Result<()>
 }
 
 fn candidate(slot: &Slot) -> Result<(Arc<Disk>, Name, bool)> {
-    Ok((slot.usable()?.clone(), slot.known.name.clone(), slot.is_pool()))
+    Ok((slot.takes_new()?.clone(), slot.known.name.clone(), slot.is_pool()))
 }
 
 fn choose(disks: Vec<(Arc<Disk>, Name, bool)>, need: u64) -> Result<(Arc<Disk>, Name)> {

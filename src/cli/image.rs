@@ -14,7 +14,9 @@ use clap::{Args, Subcommand, ValueEnum};
 use tokio::sync::mpsc;
 
 use super::{
-    Outcome, Setting, out,
+    Outcome, Setting,
+    export::Target,
+    out,
     out::{Meter, Side, Table, facts},
     size,
 };
@@ -46,6 +48,7 @@ pub enum Image {
     Uncopy(Uncopy),
     Set(Set),
     Verify(Verify),
+    Export(Export),
     Rm(Rm),
 }
 
@@ -167,6 +170,18 @@ pub struct Verify {
     all: bool,
 }
 
+/// Write the content of an image to a file.
+#[derive(Debug, Args)]
+#[command(after_help = "Example:\n  \
+    underlay image export debian-12 debian-12.qcow2 --format qcow2")]
+pub struct Export {
+    /// The image's name or digest.
+    #[arg(value_parser = super::name)]
+    name: Name,
+    #[command(flatten)]
+    target: Target,
+}
+
 /// Remove an image's name; with its last name, the image. Refused while replicas stand on it.
 #[derive(Debug, Args)]
 #[command(visible_alias = "remove", after_help = "Example:\n  underlay image rm debian-12")]
@@ -244,6 +259,9 @@ impl Image {
                     sound &= found.sound;
                 }
                 return Ok(if sound { Outcome::Well } else { Outcome::Amiss });
+            }
+            Image::Export(Export { name, target }) => {
+                target.fetch(&client, &format!("{}/content", path_of(&name)), setting).await?;
             }
             Image::Rm(Rm { name }) => {
                 let removed: Removed = client.delete(&path_of(&name)).await?;
@@ -366,7 +384,9 @@ impl Import {
 }
 
 /// Reads on a thread of its own, a few pieces ahead, until the end or nobody wants any more.
-fn read_ahead(mut content: impl Read + Send + 'static) -> mpsc::Receiver<std::io::Result<Vec<u8>>> {
+pub(super) fn read_ahead(
+    mut content: impl Read + Send + 'static,
+) -> mpsc::Receiver<std::io::Result<Vec<u8>>> {
     let (sender, pieces) = mpsc::channel(AHEAD);
     std::thread::spawn(move || {
         loop {

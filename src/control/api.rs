@@ -139,6 +139,90 @@ pub struct Resize {
     pub size: u64,
 }
 
+/// Where a replica is to move.
+#[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Migrate {
+    /// The disk.
+    pub disk: String,
+    /// Bytes a second that are copied, at most; 0 for no bound, 256 MiB if it is left out.
+    pub rate_bytes: Option<u64>,
+}
+
+/// How a replica is to be freed of its image.
+#[derive(Clone, Debug, Default, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Flatten {
+    /// Bytes a second that are copied, at most; 0 for no bound, 256 MiB if it is left out.
+    pub rate_bytes: Option<u64>,
+}
+
+/// A replica that has moved, or was freed of its image.
+#[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
+pub struct Reworked {
+    /// The replica.
+    pub replica: ReplicaView,
+    /// Bytes that were copied.
+    pub copied_bytes: u64,
+    /// How long its requests waited.
+    pub paused_ms: f64,
+}
+
+/// What of a replica is exported.
+#[derive(Clone, Debug, Default, Serialize, Deserialize, IntoParams)]
+#[serde(deny_unknown_fields)]
+#[into_params(parameter_in = Query)]
+pub struct ExportOptions {
+    /// Only what was written to it, with the digest of the image that it stands on.
+    #[serde(default)]
+    pub overlay: bool,
+    /// Also while clients have it open: each block as it is when it is read.
+    #[serde(default)]
+    pub live: bool,
+}
+
+/// Where a replica whose overlay is sent along is to be.
+#[derive(Clone, Debug, Serialize, Deserialize, IntoParams)]
+#[serde(deny_unknown_fields)]
+#[into_params(parameter_in = Query)]
+pub struct ImportOptions {
+    /// The disk to put its writes on.
+    pub disk: String,
+}
+
+/// How a disk is to be emptied.
+#[derive(Clone, Debug, Default, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Drain {
+    /// The disks that may take what is on it; any otherwise.
+    #[serde(default)]
+    pub to: Vec<String>,
+    /// Bytes a second that are copied, at most; 0 for no bound, 256 MiB if it is left out.
+    pub rate_bytes: Option<u64>,
+}
+
+/// A disk that takes nothing new, and what has left it.
+#[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
+pub struct Drained {
+    /// The disk.
+    pub disk: DiskStatus,
+    /// The replicas that have moved, and where.
+    pub moved: Vec<MovedReplica>,
+}
+
+/// A replica that has left a disk.
+#[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
+pub struct MovedReplica {
+    /// Its name.
+    pub name: String,
+    /// The disk that it is on now.
+    pub disk: String,
+    /// Bytes that were copied.
+    pub copied_bytes: u64,
+    /// How long its requests waited.
+    pub paused_ms: f64,
+}
+
 /// What was removed.
 #[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
 pub struct Removed {

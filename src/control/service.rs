@@ -15,7 +15,7 @@ use std::{
 use uuid::Uuid;
 
 use crate::{
-    blockdev::{nbd, ublk::Stop},
+    blockdev::{AnyDevice, nbd, ublk::Stop},
     catalog::{
         self, DiskOptions, DiskStatus, FsckReport, ImageStatus, Name, NewReplica, Node, Placement,
         Repair, ReplicaStatus, Target,
@@ -26,21 +26,23 @@ use crate::{
         bases::Bases,
         config::Config,
         copying::Copying,
+        export::{self, Export, ImportOverlay},
         exports::{Exports, IMAGE, REPLICA},
         health::Health,
         job::Jobs,
         keeper::Keeping,
         metrics::{Metrics, PageFormat, Sources},
+        moves::RATE,
         promotion::Promotion,
         scrub::Scrub,
         socket::Socket,
         tails::Tails,
         views::Views,
-        work::{Copies, Import, Recording, Verify},
+        work::{Copies, DrainDisk, Import, Recording, Rework, Verify, What},
     },
     cow::Overlay,
     error::{Context, Error, Kind, Result},
-    image::Format,
+    image::{Format, parcel::Header},
     io::{Ring, Rings},
 };
 
@@ -512,6 +514,115 @@ impl Service {
         .await?;
         tracing::info!(replica = %name, size, "replica resized");
         self.replica(name).await
+    }
+
+    /// Prepares a replica's move to another disk.
+    pub async fn prepare_move(self: &Arc<Self>, name: Name, to: Migrate) -> Result<Rework> {
+        let disk = self.disk(to.disk.parse()?).await?.name;
+        self.rework(name, What::Move(disk), to.rate_bytes).await
+    }
+
+    /// Prepares to free a replica of its image.
+    pub async fn prepare_flatten(self: &Arc<Self>, name: Name, how: Flatten) -> Result<Rework> {
+        self.rework(name, What::Flatten, how.rate_bytes).await
+    }
+
+    async fn rework(self: &Arc<Self>, name: Name, what: What, rate: Option<u64>) -> Result<Rework> {
+        let replica = self.replica(name).await?.status;
+        Ok(Rework { service: self.clone(), replica, what, rate: rate.unwrap_or(RATE) })
+    }
+
+    /// Takes a replica up where it was before a move that was interrupted.
+    pub async fn settle_replica(&self, name: Name) -> Result<ReplicaView> {
+        let node = self.node.clone();
+        let status = blocking(move || node.settle_replica(&name)).await?;
+        tracing::info!(replica = %status.name, disk = %status.disk, "an interrupted move is given up");
+        Ok(self.replica_view(status, None))
+    }
+
+    /// Prepares the export of a replica's content.
+    pub async fn prepare_export(
+        self: &Arc<Self>,
+        name: Name,
+        options: ExportOptions,
+    ) -> Result<Export> {
+        let ReplicaView { status, clients, .. } = self.replica(name).await?;
+        let over = match (options.overlay, status.digest) {
+            (false, _) => None,
+            (true, Some(digest)) => {
+                let image = self.image(digest.to_string().parse()?).await?.status;
+                Some((image.size, image.source))
+            }
+            (true, None) => {
+                let what = format!(
+                    "replica {}: it stands on no image: export it whole, without --overlay",
+                    status.name
+                );
+                return Err(Error::new(Kind::Invalid, what));
+            }
+        };
+        let (replica, watch) = self.exports.watch(&status, &options, &clients).await?;
+        Ok(Export {
+            service: self.clone(),
+            header: export::header(&status, over, replica.overlay().size()),
+            device: AnyDevice::Replica(replica),
+            watch,
+            what: format!("replica {}", status.name),
+            replica: (!options.live).then_some(status),
+        })
+    }
+
+    /// Prepares the export of an image's content.
+    pub async fn prepare_image_export(self: &Arc<Self>, name: Name) -> Result<Export> {
+        let status = self.image(name.clone()).await?.status;
+        let base = self.exports.base(status.digest).await?;
+        Ok(Export {
+            service: self.clone(),
+            header: Header { size: status.size, over: None },
+            device: AnyDevice::Base(base),
+            watch: None,
+            what: format!("image {name}"),
+            replica: None,
+        })
+    }
+
+    /// Prepares a replica whose overlay is sent along.
+    pub async fn prepare_overlay(
+        self: &Arc<Self>,
+        name: Name,
+        options: ImportOptions,
+    ) -> Result<ImportOverlay> {
+        name.for_new()?;
+        let disk = self.disk(options.disk.parse()?).await?.name;
+        Ok(ImportOverlay { service: self.clone(), name, disk })
+    }
+
+    /// Prepares the emptying of a disk.
+    pub async fn prepare_drain(self: &Arc<Self>, name: Name, drain: Drain) -> Result<DrainDisk> {
+        let disk = self.disk(name).await?.name;
+        let mut to = Vec::new();
+        for other in drain.to {
+            to.push(self.disk(other.parse()?).await?.name);
+        }
+        let rate = drain.rate_bytes.unwrap_or(RATE);
+        Ok(DrainDisk { service: self.clone(), disk, to, rate })
+    }
+
+    /// From now on a disk takes nothing new, or does again.
+    pub async fn set_draining(&self, name: &Name, draining: bool) -> Result<DiskStatus> {
+        let (node, by) = (self.node.clone(), name.clone());
+        let disk = blocking(move || node.set_draining(&by, draining)).await?;
+        tracing::info!(disk = %name, draining, "disk changed");
+        Ok(disk)
+    }
+
+    pub(super) async fn release_copies(&self, name: &Name) -> Result<DiskStatus> {
+        let (node, by) = (self.node.clone(), name.clone());
+        blocking(move || node.release_copies(&by).and_then(|()| node.disk(&by))).await
+    }
+
+    pub(super) fn exports(&self) -> &Exports {
+        &self.exports
     }
 
     /// Empties caches.

@@ -4,6 +4,7 @@
 //! prepared and never begun leaves nothing behind.
 
 use std::{
+    cmp::Reverse,
     sync::{
         Arc,
         atomic::{AtomicU32, Ordering},
@@ -12,12 +13,17 @@ use std::{
 };
 
 use crate::{
-    catalog::{COPIES_MAX, Digest, ImageMeta, Name, StagedCopy},
+    catalog::{
+        COPIES_MAX, Digest, DiskState, DiskStatus, ImageMeta, Name, ReplicaStatus, StagedCopy,
+    },
     control::{
-        api::{CopyVerification, ImageView, ProfileView, Verification},
+        api::{
+            CopyVerification, Drained, ImageView, MovedReplica, ProfileView, Reworked, Verification,
+        },
         copying::Order,
         event::Progress,
         job::Job,
+        moves::Course,
         promotion::Promotion,
         service::Service,
     },
@@ -28,6 +34,8 @@ use crate::{
 
 /// Damaged chunks that a verification names.
 const BAD_TOLD: usize = 1000;
+/// Bytes that stay free on a disk that takes a replica from another.
+const SPARE: u64 = 64 << 20;
 
 /// An import that can begin.
 pub struct Import {
@@ -215,6 +223,119 @@ impl From<image::Progress> for Progress {
             source_bytes: progress.source_bytes,
         }
     }
+}
+
+/// Work on a replica in use that can begin.
+pub struct Rework {
+    pub(super) service: Arc<Service>,
+    pub(super) replica: ReplicaStatus,
+    pub(super) what: What,
+    /// Bytes a second; 0 for no bound.
+    pub(super) rate: u64,
+}
+
+/// What is done to a replica.
+pub enum What {
+    /// It moves to this disk.
+    Move(Name),
+    /// It is freed of its image.
+    Flatten,
+}
+
+impl Rework {
+    /// Does it, to its end. Blocks.
+    pub fn run(self, job: &Job) -> Result<Reworked> {
+        tokio::runtime::Handle::current().block_on(self.work(job))
+    }
+
+    async fn work(self, job: &Job) -> Result<Reworked> {
+        let Rework { service, replica, what, rate } = self;
+        let exports = service.exports();
+        let phase = match &what {
+            What::Move(disk) => format!("moving to {disk}"),
+            What::Flatten => "copying the image".to_owned(),
+        };
+        let mut course = Course::new(job, phase, rate);
+        let (copied_bytes, paused) = match what {
+            What::Move(disk) => {
+                let moved = exports.move_replica(&replica, &disk, &mut course).await?;
+                (moved.copied, moved.paused)
+            }
+            What::Flatten => {
+                (exports.flatten_replica(&replica, &mut course).await?, Duration::ZERO)
+            }
+        };
+        let replica = service.replica(replica.id.to_string().parse()?).await?;
+        Ok(Reworked { replica, copied_bytes, paused_ms: paused.as_secs_f64() * 1000.0 })
+    }
+}
+
+/// The emptying of a disk that can begin.
+pub struct DrainDisk {
+    pub(super) service: Arc<Service>,
+    pub(super) disk: Name,
+    /// The disks that may take what is on it; any if there are none.
+    pub(super) to: Vec<Name>,
+    pub(super) rate: u64,
+}
+
+impl DrainDisk {
+    /// Moves every replica away. What was moved before it was given up stays moved. Blocks.
+    pub fn run(self, job: &Job) -> Result<Drained> {
+        tokio::runtime::Handle::current().block_on(self.work(job))
+    }
+
+    async fn work(self, job: &Job) -> Result<Drained> {
+        let DrainDisk { service, disk, to, rate } = self;
+        service.set_draining(&disk, true).await?;
+        let replicas = service.replicas().await?;
+        let on_it: Vec<_> =
+            replicas.into_iter().map(|view| view.status).filter(|it| it.disk == disk).collect();
+        let (count, mut moved) = (on_it.len(), Vec::new());
+        for (number, replica) in (1..).zip(on_it) {
+            let disks = service.disks().await?;
+            let target = target_of(&disks, &disk, &to, replica.stored_bytes)
+                .map_err(|error| error.within(format!("replica {}", replica.name)))?;
+            let phase = format!("{number} of {count}: {} to {target}", replica.name);
+            let mut course = Course::new(job, phase, rate);
+            course.check()?;
+            let done = service.exports().move_replica(&replica, &target, &mut course).await?;
+            moved.push(MovedReplica {
+                name: replica.name.to_string(),
+                disk: target.to_string(),
+                copied_bytes: done.copied,
+                paused_ms: done.paused.as_secs_f64() * 1000.0,
+            });
+        }
+        Ok(Drained { disk: service.release_copies(&disk).await?, moved })
+    }
+}
+
+/// Which disk takes a replica of `bytes` that leaves `from`: of the same tier before others, one that
+/// does not fail with it before those that do, then the one with most free space. Pure.
+fn target_of(disks: &[DiskStatus], from: &Name, allowed: &[Name], bytes: u64) -> Result<Name> {
+    let home = disks.iter().find(|disk| disk.name == *from);
+    let tier = home.and_then(|disk| disk.tier);
+    let room = bytes.saturating_add(bytes / 16).saturating_add(SPARE);
+    let fit = disks.iter().filter(|disk| {
+        disk.name != *from
+            && (allowed.is_empty() || allowed.contains(&disk.name))
+            && disk.state == DiskState::Present
+            && !disk.pool
+            && !disk.draining
+            && disk.free_bytes >= room
+    });
+    let best = fit.max_by_key(|disk| {
+        let apart = !disk.fails_with.contains(from);
+        (disk.tier == tier, apart, disk.free_bytes, Reverse(disk.name.clone()))
+    });
+    best.map(|disk| disk.name.clone()).ok_or_else(|| {
+        let what = format!(
+            "no disk can take it from disk {from}: it needs {room} bytes on one that is there, takes \
+             replicas and is not drained itself; free some, or add one"
+        );
+        Error::new(Kind::NoSpace, what)
+    })
 }
 
 /// A recording that has begun.

@@ -62,7 +62,7 @@ fn files_are_private_and_whole() {
         }
     }
     let opened = node.open_replica(&name("vm1")).unwrap();
-    assert_eq!((opened.id, opened.digest, opened.size), (made.id, digest(IMAGE), 8192));
+    assert_eq!((opened.id, opened.digest, opened.size), (made.id, Some(digest(IMAGE)), 8192));
     let data = opened.open_data(OFlag::empty()).unwrap();
     assert_eq!(data.metadata().unwrap().len(), 8192);
     assert_eq!(data.metadata().unwrap().blocks(), 0, "nothing but a hole");

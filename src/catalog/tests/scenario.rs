@@ -131,6 +131,26 @@ pub(super) fn all() -> Vec<Scenario> {
             run: |_, node| node.set_replica_size(&name("vm1"), 1 << 30),
         },
         Scenario {
+            label: "move a replica",
+            prepare: same,
+            run: |_, node| migrate(node, "vm1", "c"),
+        },
+        Scenario {
+            label: "move a replica to the copy's disk",
+            prepare: same,
+            run: |_, node| migrate(node, "vm2", "a"),
+        },
+        Scenario {
+            label: "free a replica of its image",
+            prepare: same,
+            run: |_, node| node.flatten_replica(&name("vm2")).map(drop),
+        },
+        Scenario {
+            label: "drain a disk",
+            prepare: same,
+            run: |_, node| node.set_draining(&name("c"), true).map(drop),
+        },
+        Scenario {
             label: "add a disk",
             prepare: same,
             run: |bench, node| bench.add(node, "new").map(drop),
@@ -175,9 +195,10 @@ fn two_copies(bench: &Bench) {
 /// What a user sees: replicas with their size, images with their names and state, disks.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Seen {
-    replicas: BTreeMap<String, u64>,
+    /// Their size, their disk, and whether they stand on an image.
+    replicas: BTreeMap<String, (u64, String, bool)>,
     images: BTreeMap<String, (Digest, bool)>,
-    disks: BTreeSet<String>,
+    disks: BTreeSet<(String, bool)>,
 }
 
 pub(super) fn seen(node: &Node) -> Seen {
@@ -187,10 +208,21 @@ pub(super) fn seen(node: &Node) -> Seen {
         image.names.iter().map(move |name| (name.to_string(), (image.digest, ready)))
     });
     Seen {
-        replicas: node.replicas().iter().map(|r| (r.name.to_string(), r.size)).collect(),
+        replicas: node
+            .replicas()
+            .iter()
+            .map(|r| (r.name.to_string(), (r.size, r.disk.to_string(), r.digest.is_some())))
+            .collect(),
         images: named.collect(),
-        disks: node.disks().iter().map(|disk| disk.name.to_string()).collect(),
+        disks: node.disks().iter().map(|disk| (disk.name.to_string(), disk.draining)).collect(),
     }
+}
+
+/// Moves a replica whose overlay is empty.
+pub(super) fn migrate(node: &Node, replica: &str, to: &str) -> Result<()> {
+    let mut staged = node.stage_move(&name(replica), &name(to), 8192, blank_map)?;
+    staged.prepare()?;
+    staged.publish()?.remove()
 }
 
 /// What a scenario leads from and to, when nothing gets in its way.

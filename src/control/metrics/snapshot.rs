@@ -222,7 +222,10 @@ impl Replica {
         Replica {
             name,
             disk: status.disk.to_string(),
-            image: image.map_or_else(|| status.digest.to_string(), ToString::to_string),
+            image: image.map_or_else(
+                || status.digest.map_or_else(String::new, |digest| digest.to_string()),
+                ToString::to_string,
+            ),
             size: status.size,
             overlay,
             up: false,
