@@ -1,6 +1,6 @@
 //! What the control API takes and gives, besides the catalogue's own status records.
 //!
-//! Names arrive as text and become [`Name`](crate::catalog::Name)s in the handlers, so that a bad
+//! Names arrive as text and become [`Name`]s in the handlers, so that a bad
 //! one is refused with the words that say what is allowed.
 
 mod promotion;
