@@ -27,6 +27,7 @@ use nix::{
     unistd::Pid,
 };
 use node::{Daemon, complaint, until};
+use serde_json::json;
 
 const MIB: usize = 1 << 20;
 /// Bytes that each client has to itself.
@@ -168,7 +169,7 @@ fn a_replica_moves_and_is_flattened_under_a_load() {
     daemon.kill();
     daemon.restart();
     check(&daemon, "vm1", &content);
-    assert_eq!(daemon.json(&["fsck"])["problems"], serde_json::json!([]));
+    assert_eq!(daemon.json(&["fsck"])["problems"], json!([]));
     let told = daemon.fails(&["replica", "flatten", "vm1"]);
     assert!(told.contains("no image"), "{told}");
     daemon.ok(&["replica", "rm", "vm1"]);
@@ -194,7 +195,7 @@ fn a_replica_that_nobody_uses_moves_too_and_grows_on_the_way() {
     content[12_345..12_345 + 3 * MIB].fill(3);
     check(&daemon, "vm1", &content);
     assert_eq!(daemon.json(&["replica", "inspect", "vm1"])["size"], 64 * MIB);
-    assert_eq!(daemon.json(&["fsck"])["problems"], serde_json::json!([]));
+    assert_eq!(daemon.json(&["fsck"])["problems"], json!([]));
 }
 
 #[test]
@@ -225,7 +226,7 @@ fn what_is_interrupted_has_not_happened() {
     let (operations, longest) = load.end(&mut content);
     println!("{operations} operations, the longest took {longest:?}");
     check(&daemon, "vm1", &content);
-    assert_eq!(daemon.json(&["fsck"])["problems"], serde_json::json!([]));
+    assert_eq!(daemon.json(&["fsck"])["problems"], json!([]));
     daemon.ok(&["replica", "migrate", "vm1", "--to", "c"]);
     check(&daemon, "vm1", &content);
 }
@@ -259,7 +260,7 @@ fn a_crash_at_any_moment_leaves_it_on_one_disk() {
         *on.entry(now == to).or_insert(0) += 1;
         let found = ["a", "b", "c"].map(|disk| on_disk(&daemon, disk).len());
         assert_eq!(found.iter().sum::<usize>(), 1, "round {round}: {found:?}");
-        assert_eq!(daemon.json(&["fsck"])["problems"], serde_json::json!([]), "round {round}");
+        assert_eq!(daemon.json(&["fsck"])["problems"], json!([]), "round {round}");
     }
     println!("moved: {on:?}");
 }
@@ -270,25 +271,30 @@ fn a_disk_that_is_drained_is_empty_and_goes() {
     for name in ["vm2", "vm3"] {
         daemon.ok(&["replica", "create", name, "--image", "base", "--disk", "b"]);
     }
-    let home = daemon.json(&["image", "inspect", "base"]);
-    let home = home["copies"][0]["disk"].as_str().unwrap().to_owned();
-    if home == "b" {
-        // Where the image is nothing can be forgotten: told, after the replicas have left.
-        let told = daemon.fails(&["disk", "drain", "b"]);
-        assert!(told.contains("last copy") && told.contains("base"), "{told}");
-    } else {
-        let drained = daemon.json(&["disk", "drain", "b"]);
-        assert_eq!(drained["moved"].as_array().unwrap().len(), 3, "{drained}");
-        assert_eq!(drained["disk"]["draining"], true);
-        let again = daemon.json(&["disk", "drain", "b"]);
-        assert_eq!(again["moved"], serde_json::json!([]));
-        let what = ["replica", "create", "vm4", "--image", "base", "--disk", "b"];
-        assert!(daemon.fails(&what).contains("drained"));
-        daemon.ok(&["disk", "forget", "b"]);
-        assert!(!daemon.path("b").join("underlay").exists());
-        let told = daemon.fails(&["disk", "drain", &home]);
-        assert!(told.contains("last copy"), "{told}");
-    }
+    let home = || {
+        let image = daemon.json(&["image", "inspect", "base"]);
+        image["copies"][0]["disk"].as_str().unwrap().to_owned()
+    };
+    let first = home();
+    let drained = daemon.json(&["disk", "drain", "b"]);
+    assert_eq!(drained["moved"].as_array().unwrap().len(), 3, "{drained}");
+    assert_eq!(drained["copies"].as_array().unwrap().len(), usize::from(first == "b"));
+    assert_eq!(drained["disk"]["draining"], true);
+    let again = daemon.json(&["disk", "drain", "b"]);
+    assert_eq!((&again["moved"], &again["copies"]), (&json!([]), &json!([])));
+    let what = ["replica", "create", "vm4", "--image", "base", "--disk", "b"];
+    assert!(daemon.fails(&what).contains("drained"));
+    daemon.ok(&["disk", "forget", "b"]);
+    assert!(!daemon.path("b").join("underlay").exists());
+    // The image's copy leaves its disk, too, while replicas stand on it.
+    let second = home();
+    let drained = daemon.json(&["disk", "drain", &second]);
+    assert_eq!(drained["copies"], json!(["base"]));
+    let third = home();
+    assert!(third != second && third != "b", "{third}");
+    daemon.ok(&["image", "verify", "base"]);
+    let told = daemon.fails(&["disk", "drain", &third]);
+    assert!(told.contains("vm") || told.contains("image base"), "nothing is left to go to: {told}");
     assert_eq!(on_disk_if_there(&daemon, "b"), 0);
     check(&daemon, "vm1", &content);
     let list = daemon.json(&["replica", "list"]);

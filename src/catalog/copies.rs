@@ -35,22 +35,22 @@ impl Node {
         disk: Option<&Name>,
         anyhow: bool,
     ) -> Result<StagedCopy> {
-        let (need, taken) = {
+        let (need, here, taken) = {
             let view = self.0.view();
             let image = view.images.get(&digest);
             let image = image.ok_or_else(|| Error::new(Kind::NotFound, "it is not there"))?;
             let stored = image.ready().map_or(0, |copy| copy.found.stored);
-            let taken: Vec<Arc<Disk>> = image
-                .copies
-                .iter()
-                .filter(|copy| copy.state() == CopyState::Ready)
-                .filter_map(|copy| view.here(copy.disk).cloned())
-                .collect();
-            (stored, taken)
+            let ready = image.copies.iter().filter(|copy| copy.state() == CopyState::Ready);
+            let slots: Vec<_> = ready.filter_map(|copy| view.slot(copy.disk)).collect();
+            // A copy that is about to leave its disk is no reason to stay away from what fails with it.
+            let stay = slots.iter().filter(|slot| !slot.is_draining());
+            let taken: Vec<Arc<Disk>> = stay.filter_map(|slot| slot.here().cloned()).collect();
+            let here: Vec<Uuid> = slots.iter().map(|slot| slot.known.id).collect();
+            (stored, here, taken)
         };
         if let Some(name) = disk {
             let home = self.0.view().disk(name)?.usable()?.clone();
-            if taken.iter().any(|other| other.id == home.id) {
+            if here.contains(&home.id) {
                 let what = format!("disk {name} has a copy of it already");
                 return Err(Error::new(Kind::Exists, what));
             }
@@ -65,7 +65,10 @@ impl Node {
                 return Err(Error::new(Kind::Invalid, what));
             }
         }
-        let apart = |disk: &Disk| !taken.iter().any(|other| other.media.fails_with(&disk.media));
+        let apart = |disk: &Disk| {
+            !here.contains(&disk.id)
+                && !taken.iter().any(|other| other.media.fails_with(&disk.media))
+        };
         self.stage_where(disk, need, &|home| disk.is_some() || apart(home))
     }
 

@@ -31,8 +31,8 @@ use super::{
     replica::{reference_to, unplaced},
     report::taken,
     scan::{DELETING, Reference, STAGING, ref_file},
-    status::{CopyState, ReplicaStatus},
-    view::{Copy, Replica, Slot, View, listed},
+    status::ReplicaStatus,
+    view::{Replica, Slot, View},
 };
 use crate::error::{Error, Kind, Result};
 
@@ -155,30 +155,6 @@ impl Node {
         self.write_record(&disk, record)
             .map_err(|error| error.within(format!("replica {name}")))?;
         self.replica(name)
-    }
-
-    /// Makes sure that nothing is left on a disk but what is elsewhere, too: the images of which it has
-    /// the last copy that serves are refused. (Whoever keeps several copies puts them elsewhere here.)
-    pub fn release_copies(&self, disk: &Name) -> Result<()> {
-        let view = self.0.view();
-        let id = view.disk(disk)?.known.id;
-        let last = view.images.values().filter(|image| {
-            let serves = |copy: &&Copy| copy.disk != id && copy.state() == CopyState::Ready;
-            image.copies.iter().any(|copy| copy.disk == id)
-                && !image.copies.iter().any(|c| serves(&c))
-        });
-        let names: Vec<_> = last.map(|image| listed(&image.names())).collect();
-        if names.is_empty() {
-            return Ok(());
-        }
-        Err(Error::new(
-            Kind::InUse,
-            format!(
-                "disk {disk}: its replicas have left; it has the last copy of {}: remove what stands \
-                 on it and the image, or import the image on another disk",
-                listed(&names)
-            ),
-        ))
     }
 
     /// Does what is to be done about moves that were interrupted, as far as it can be done.

@@ -162,6 +162,9 @@ impl Disk {
                     for moved in &it.moved {
                         text += &format!("replica {} is on disk {} now\n", moved.name, moved.disk);
                     }
+                    for image in &it.copies {
+                        text += &format!("image {image} has its copies elsewhere now\n");
+                    }
                     text + &format!("disk {} is drained and takes nothing new\n", it.disk.name)
                 })?;
             }

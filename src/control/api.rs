@@ -208,6 +208,8 @@ pub struct Drained {
     pub disk: DiskStatus,
     /// The replicas that have moved, and where.
     pub moved: Vec<MovedReplica>,
+    /// The images whose copies left it.
+    pub copies: Vec<String>,
 }
 
 /// A replica that has left a disk.

@@ -616,11 +616,6 @@ impl Service {
         Ok(disk)
     }
 
-    pub(super) async fn release_copies(&self, name: &Name) -> Result<DiskStatus> {
-        let (node, by) = (self.node.clone(), name.clone());
-        blocking(move || node.release_copies(&by).and_then(|()| node.disk(&by))).await
-    }
-
     pub(super) fn exports(&self) -> &Exports {
         &self.exports
     }

@@ -280,21 +280,68 @@ pub struct DrainDisk {
 }
 
 impl DrainDisk {
-    /// Moves every replica away. What was moved before it was given up stays moved. Blocks.
+    /// Moves every replica away, and every copy that is wanted. What was moved before it was given up
+    /// stays moved. Blocks.
     pub fn run(self, job: &Job) -> Result<Drained> {
-        tokio::runtime::Handle::current().block_on(self.work(job))
+        let moved = tokio::runtime::Handle::current().block_on(self.move_replicas(job))?;
+        let copies = self.move_copies(job)?;
+        let disk = self.service.node().disk(&self.disk)?;
+        Ok(Drained { disk, moved, copies })
     }
 
-    async fn work(self, job: &Job) -> Result<Drained> {
+    /// Puts copies elsewhere as far as they are wanted, and gives up those that are here. Blocks.
+    fn move_copies(&self, job: &Job) -> Result<Vec<String>> {
+        let node = self.service.node();
+        let mut gone = Vec::new();
+        for (digest, disk, _) in node.all_ready_copies() {
+            if disk != self.disk {
+                continue;
+            }
+            let image = node.image(&digest.to_string().parse()?)?;
+            let name = image.names.first().map_or_else(|| digest.to_string(), Name::to_string);
+            let within = |error: Error| error.within(format!("image {name}"));
+            let wanted = image.wanted_copies.unwrap_or(1).max(1) as usize;
+            let elsewhere = || {
+                let ready = node.ready_copies(digest);
+                ready.iter().filter(|(disk, _)| *disk != self.disk).count()
+            };
+            while elsewhere() < wanted {
+                let report = |done, all| {
+                    job.report(Progress {
+                        phase: format!("image {name}"),
+                        done_bytes: done,
+                        total_bytes: Some(all),
+                        source_bytes: 0,
+                    });
+                };
+                let made = self.service.keeping().copying().make(&Order {
+                    digest,
+                    disk: None,
+                    anyhow: false,
+                    rate: (self.rate > 0).then_some(self.rate),
+                    cancel: job.cancel(),
+                    report: &report,
+                });
+                let (disk, _) = made.map_err(within)?;
+                tracing::info!(image = name, %disk, "a copy was made: another leaves its disk");
+            }
+            node.remove_copy_on(&digest.to_string().parse()?, &self.disk, false).map_err(within)?;
+            gone.push(name);
+        }
+        Ok(gone)
+    }
+
+    async fn move_replicas(&self, job: &Job) -> Result<Vec<MovedReplica>> {
         let DrainDisk { service, disk, to, rate } = self;
-        service.set_draining(&disk, true).await?;
+        let rate = *rate;
+        service.set_draining(disk, true).await?;
         let replicas = service.replicas().await?;
         let on_it: Vec<_> =
-            replicas.into_iter().map(|view| view.status).filter(|it| it.disk == disk).collect();
+            replicas.into_iter().map(|view| view.status).filter(|it| it.disk == *disk).collect();
         let (count, mut moved) = (on_it.len(), Vec::new());
         for (number, replica) in (1..).zip(on_it) {
             let disks = service.disks().await?;
-            let target = target_of(&disks, &disk, &to, replica.stored_bytes)
+            let target = target_of(&disks, disk, to, replica.stored_bytes)
                 .map_err(|error| error.within(format!("replica {}", replica.name)))?;
             let phase = format!("{number} of {count}: {} to {target}", replica.name);
             let mut course = Course::new(job, phase, rate);
@@ -307,7 +354,7 @@ impl DrainDisk {
                 paused_ms: done.paused.as_secs_f64() * 1000.0,
             });
         }
-        Ok(Drained { disk: service.release_copies(&disk).await?, moved })
+        Ok(moved)
     }
 }
 
