@@ -172,12 +172,21 @@ impl Node {
         match *settlement {
             Settlement::Finish { id, old, new } => self.finish_move(id, old, new),
             Settlement::Revert { id, disk } => {
-                let (disk, record) = {
+                let (disk, to, record) = {
                     let view = self.0.view();
                     let found = view.replicas.get(&id).filter(|found| found.disk == disk);
-                    let record = found.map(|found| found.record.clone());
-                    view.here(disk).cloned().zip(record).ok_or_else(gone)?
+                    let record = found.ok_or_else(gone)?.record.clone();
+                    let to = record.moving_to.and_then(|to| view.here(to).cloned());
+                    let disks = view.here(disk).cloned().zip(to);
+                    let (disk, to) = disks.ok_or_else(gone)?;
+                    (disk, to, record)
                 };
+                // As it is now: what is known may be older than the move.
+                if to.replicas.stat(id.to_string())?.is_some() {
+                    let what =
+                        "the other disk has something of its id: `underlay fsck` reads it anew";
+                    return Err(Error::new(Kind::Unavailable, what));
+                }
                 disk.check_writable()?;
                 self.write_record(&disk, ReplicaRecord { moving_to: None, ..record })
             }
@@ -307,6 +316,12 @@ impl StagedReplica {
             let back = replicas.rename(&id, &self.staging).and_then(|()| replicas.sync());
             if back.is_err() {
                 self.published = true;
+                // Nobody opens it before a scan has found out.
+                let mut view = self.inner.view();
+                if let Some(found) = view.replicas.get_mut(&self.id) {
+                    found.record.moving_to = Some(self.to.id);
+                }
+                drop(view);
                 return Err(Error::caused(
                     Kind::Poisoned,
                     format!(
