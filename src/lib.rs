@@ -35,6 +35,7 @@ pub mod error;
 pub mod histogram;
 pub mod image;
 pub mod io;
+pub mod keep;
 pub mod pages;
 pub mod promote;
 pub mod source;

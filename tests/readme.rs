@@ -97,6 +97,44 @@ fn attaches(line: &str) -> bool {
     line.starts_with("underlay attach") || line.starts_with("underlay detach")
 }
 
+/// All Rust source of the repository, as one text.
+fn sources() -> String {
+    let mut text = String::new();
+    let mut left = ["src", "tests", "xtask/src"].map(|dir| Path::new(ROOT).join(dir)).to_vec();
+    while let Some(dir) = left.pop() {
+        for entry in fs::read_dir(dir).unwrap().map(|entry| entry.unwrap().path()) {
+            if entry.is_dir() {
+                left.push(entry);
+            } else if entry.extension().is_some_and(|extension| extension == "rs") {
+                text += &fs::read_to_string(entry).unwrap();
+            }
+        }
+    }
+    text
+}
+
+#[test]
+fn each_line_of_the_failure_model_has_its_test() {
+    let (text, sources) = (document("docs/failure-model.md"), sources());
+    let mut count = 0;
+    for line in text.lines().filter(|line| line.starts_with("| ")) {
+        let tests = line.trim_end_matches('|').rsplit('|').next().unwrap().trim();
+        if tests == "test" || (tests.is_empty() && line.contains("**not noticed**")) {
+            continue;
+        }
+        assert!(!tests.is_empty(), "no test: {line}");
+        for test in tests.split(", ") {
+            let found = match test.strip_prefix('`').and_then(|test| test.strip_suffix('`')) {
+                Some(function) => sources.contains(&format!("fn {function}()")),
+                None => sources.contains(test.trim_end_matches('"')),
+            };
+            assert!(found, "no such test: {test}");
+            count += 1;
+        }
+    }
+    assert!(count >= 25, "{count} tests");
+}
+
 #[test]
 fn what_the_documents_name_is_there() {
     for name in ["README.md", "ARCHITECTURE.md", "CONTRIBUTING.md"] {
@@ -116,6 +154,7 @@ fn what_the_documents_name_is_there() {
             "src/control",
             "src/cow",
             "src/promote",
+            "src/source",
             "src/attach",
             "src/io",
             "src/blockdev",

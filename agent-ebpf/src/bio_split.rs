@@ -1,39 +1,26 @@
-//! block_split: a bio too large for one request goes in two parts, each looked up by its own start.
+//! block_split: a bio too large for one request goes in two parts. The first is a new bio, chained to the
+//! one that keeps the rest.
 
-use aya_ebpf::macros::tracepoint;
-use aya_ebpf::programs::TracePointContext;
-use underlay_agent_ebpf::{Pending, REQUESTS, key};
+use aya_ebpf::macros::btf_tracepoint;
+use aya_ebpf::programs::BtfTracePointContext;
+use underlay_agent_ebpf::REQUESTS;
 
-use crate::maps::BIO_SPLIT;
-use crate::record::Record;
-use crate::table::{pending, put_pending};
+use crate::kernel::Bio;
+use crate::table::{pending, put_pending, watched};
 
 /// The entry point.
-#[tracepoint]
-pub fn bio_split(context: TracePointContext) -> u32 {
+#[btf_tracepoint(function = "block_split")]
+pub fn bio_split(context: BtfTracePointContext) -> i32 {
     split(&context);
     0
 }
 
 #[inline(always)]
-fn split(context: &TracePointContext) -> Option<()> {
-    let (record, watched) = Record::of(context, &BIO_SPLIT)?;
-    let slot = u32::from(watched.slot);
-    let direction = record.direction()?;
-    if watched.kind != REQUESTS {
-        // A flight is known by its end, and the part that keeps the bio keeps its end.
+fn split(context: &BtfTracePointContext) -> Option<()> {
+    let first = Bio::argument(context, 0);
+    // Where there are no requests, the bio that keeps the rest ends last, and counts as the whole.
+    if watched(first.dev())?.kind != REQUESTS {
         return None;
     }
-    let (sector, second) = (record.sector(), record.new_sector());
-    let length = second.checked_sub(sector)?;
-    let entry = pending(key(slot, direction, sector))?;
-    // SAFETY: the entry is this submitter's own, who is here and nowhere else.
-    let whole = unsafe { *entry };
-    let rest = u64::from(whole.sectors).checked_sub(length)?;
-    if length == 0 || rest == 0 {
-        return None;
-    }
-    // SAFETY: as above.
-    unsafe { (*entry).sectors = length as u32 };
-    put_pending(Pending { key: key(slot, direction, second), sectors: rest as u32, ..whole })
+    put_pending(first.key(), pending(first.rest())?)
 }

@@ -9,9 +9,9 @@
 //!   added the partition's start by the time the first tracepoint fires.
 #![no_std]
 
-/// Most disks that can be watched at once. A slot fits into one byte of a [`key`].
+/// Most disks that can be watched at once.
 pub const SLOTS: u32 = 64;
-/// Most copies of a slot's counters. More processors than this share them: additions are atomic.
+/// Most copies of a slot's counters. More processors than this share them, and add atomically.
 pub const SHARDS: u32 = 16;
 /// Sets of watched device numbers: 64 disks with 64 numbers each fill half of them.
 pub const WATCHED: u32 = 2 << 10;
@@ -19,14 +19,12 @@ pub const WATCHED: u32 = 2 << 10;
 pub const OWNERS: u32 = 64;
 /// Places of a [`Set`]: that many entries whose keys fall together.
 pub const WAYS: usize = 4;
-/// Sets of bios between their submission and the issue of their request: 16 Ki entries, beside the
-/// [`NEAR`] ones.
-pub const PENDING: u32 = 4 << 10;
-/// Sets of requests between issue and completion: 8 Ki entries, beside the [`NEAR`] ones.
-pub const FLIGHTS: u32 = 2 << 10;
-/// Sets at the beginning of either table that are filled first: 256 entries, as many as are under way
-/// on most machines, in so little memory that it stays in the processor's nearest caches.
-pub const NEAR: u32 = 64;
+/// Places of a set of [`Bios`] or [`Flights`]: their keys fill one line of the processor's cache.
+pub const PLACES: usize = 8;
+/// Sets of bios between their submission and the issue of their request: 16 Ki entries.
+pub const PENDING: u32 = 2 << 10;
+/// Sets of requests between issue and completion: 8 Ki entries.
+pub const FLIGHTS: u32 = 1 << 10;
 /// Size of the ring of completed reads, in bytes: 32 Ki records of 24 bytes and a header of 8.
 pub const RING: u32 = 1 << 20;
 
@@ -76,7 +74,7 @@ pub const fn floor(bucket: usize) -> u64 {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[repr(C)]
 pub struct Watched {
-    /// The number, as tracepoints have it.
+    /// The number, as the kernel has it.
     pub dev: u32,
     /// The slot, below [`SLOTS`].
     pub slot: u16,
@@ -102,71 +100,46 @@ pub const fn class(direction: u32, own: u32) -> u32 {
     (direction & 1) << 1 | (own & 1)
 }
 
-/// The key of a bio or request: slot, direction, and one sector that tells it from others.
-///
-/// For a [`Pending`] bio that is its first sector, where the request that takes it will begin or
-/// continue. For a [`Flight`] it is the sector past its end, which is the same however much of it
-/// was done by the time a tracepoint fires: the kernel advances the start.
+/// The set of a key in a table of `sets`, a power of two: of a number, or the lower half of an address.
 #[inline(always)]
-pub const fn key(slot: u32, direction: u32, sector: u64) -> u64 {
-    ((slot & 0xff) as u64) << 56 | ((direction & 1) as u64) << 55 | TAKEN | (sector & (TAKEN - 1))
-}
-
-/// The slot in a [`key`].
-pub const fn slot_of(key: u64) -> u32 {
-    (key >> 56) as u32
-}
-
-/// The direction in a [`key`].
-pub const fn direction_of(key: u64) -> u32 {
-    (key >> 55) as u32 & 1
-}
-
-/// The set of a key in a table of `sets`, a power of two.
-#[inline(always)]
-pub const fn set_of(key: u64, sets: u32) -> u32 {
-    // Neighbours are spread by the golden ratio; the upper bits of the product are the mixed ones.
-    (key.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 40) as u32 & (sets - 1)
-}
-
-/// The two sets in which an entry of this [`key`] may be, in a table of `sets` beside the near ones.
-#[inline(always)]
-pub const fn sets_of(key: u64, sets: u32) -> [u32; 2] {
-    [set_of(key, NEAR), NEAR + set_of(key.rotate_left(17), sets)]
+pub const fn set_of(key: u32, sets: u32) -> u32 {
+    // Neighbours are spread by the golden ratio; the product's upper bits are the mixed ones.
+    key.wrapping_mul(0x9e37_79b1) >> (32 - sets.trailing_zeros())
 }
 
 /// Entries whose keys fall together. A table is an array of sets; an entry of key 0 is free.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[repr(C)]
 pub struct Set<T> {
-    /// The entries. Two with one key are two I/Os of one place at one time.
+    /// The entries.
     pub ways: [T; WAYS],
 }
 
-/// Set in every key of a table, so that none is 0.
-pub const TAKEN: u64 = 1 << 54;
-
-/// A bio on its way to a request.
+/// A set of bios on their way to a request.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[repr(C)]
-pub struct Pending {
-    /// Its [`key`].
-    pub key: u64,
-    /// When it was submitted.
-    pub queued: u64,
-    /// Its length.
-    pub sectors: u32,
-    /// 1: its submitter is one of ours.
-    pub own: u32,
+pub struct Bios {
+    /// Their addresses; 0 is a free place.
+    pub keys: [u64; PLACES],
+    /// When each was submitted. The lowest bit is 1 if its submitter is one of ours.
+    pub queued: [u64; PLACES],
+}
+
+/// A set of requests (or bios of devices without requests) that their devices work on.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[repr(C)]
+pub struct Flights {
+    /// Their addresses; 0 is a free place.
+    pub keys: [u64; PLACES],
+    /// What is known of each.
+    pub flights: [Flight; PLACES],
 }
 
 /// A request (or a bio of a device without requests) that the device works on.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[repr(C)]
 pub struct Flight {
-    /// Its [`key`].
-    pub key: u64,
-    /// When it was issued; 0 while the entry is being written.
+    /// When it was issued.
     pub issued: u64,
     /// How long it waited for that since its first bio was submitted; [`UNKNOWN`] if nobody saw it.
     pub waited: u64,
@@ -174,17 +147,16 @@ pub struct Flight {
     pub sector: u64,
     /// Its length.
     pub sectors: u32,
-    /// [`OWN`], [`REQUEUED`].
-    pub flags: u32,
+    /// The slot of its disk.
+    pub slot: u16,
+    /// Its [`class`].
+    pub class: u8,
+    /// 1: given back by the driver, to be issued again.
+    pub requeued: u8,
 }
 
 /// A time that nobody saw.
 pub const UNKNOWN: u64 = u64::MAX;
-/// Of [`Flight::flags`]: our own.
-pub const OWN: u32 = 1;
-/// Of [`Flight::flags`]: given back by the driver.
-pub const REQUEUED: u32 = 2;
-
 /// A completed read, in the ring.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[repr(C)]
@@ -260,31 +232,49 @@ pub struct Losses {
     pub unmatched: u64,
     /// Issues without a submission that was seen: counted, but as foreign and without queue time.
     pub orphans: u64,
-    /// No loss: how many requests are marked [`REQUEUED`] now, or were when they were swept.
-    pub requeued: u64,
+    /// Flights whose place the next request at the same address took: their end was not seen.
+    pub replaced: u64,
 }
 
-/// Where the fields of one tracepoint lie in its record, from tracefs. A field that the tracepoint
-/// doesn't have is at 0.
+/// Where the members that the programs read lie within the running kernel's structures, in bytes.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[repr(C)]
-pub struct Fields {
-    /// `dev`, 4 bytes.
-    pub dev: u32,
-    /// `sector`, 8 bytes.
-    pub sector: u32,
-    /// `nr_sector`, 4 bytes; of block_split `new_sector`, 8 bytes.
-    pub sectors: u32,
-    /// `rwbs`, text.
-    pub rwbs: u32,
-    /// `error`, 4 bytes.
-    pub error: u32,
+pub struct Offsets {
+    /// `bio.bi_next`, a pointer.
+    pub bio_next: u64,
+    /// `bio.bi_bdev`, a pointer.
+    pub bio_bdev: u64,
+    /// `bio.bi_opf`, 4 bytes.
+    pub bio_opf: u64,
+    /// `bio.bi_status`, 1 byte.
+    pub bio_status: u64,
+    /// `bio.bi_iter.bi_sector`, 8 bytes.
+    pub bio_sector: u64,
+    /// `bio.bi_iter.bi_size`, 4 bytes.
+    pub bio_size: u64,
+    /// `bio.bi_private`, a pointer.
+    pub bio_private: u64,
+    /// `block_device.bd_dev`, 4 bytes.
+    pub bdev_dev: u64,
+    /// `request.q`, a pointer.
+    pub request_queue: u64,
+    /// `request.cmd_flags`, 4 bytes.
+    pub request_opf: u64,
+    /// `request.__data_len`, 4 bytes.
+    pub request_bytes: u64,
+    /// `request.__sector`, 8 bytes.
+    pub request_sector: u64,
+    /// `request.bio`, a pointer.
+    pub request_bio: u64,
+    /// `request_queue.disk`, a pointer.
+    pub queue_disk: u64,
+    /// `gendisk.major`, 4 bytes.
+    pub disk_major: u64,
+    /// `gendisk.first_minor`, 4 bytes.
+    pub disk_minor: u64,
 }
 
-/// How much of a record the programs read, in bytes: every field must lie within.
-pub const RECORD: usize = 64;
-
-const _: () = assert!(size_of::<Set<Pending>>() == 96 && size_of::<Set<Flight>>() == 160);
+const _: () = assert!(size_of::<Bios>() == 128 && size_of::<Flights>() == 320);
 const _: () = assert!(size_of::<Touch>() == 24 && size_of::<Class>() == 48 + 8 * BUCKETS);
 const _: () = assert!(size_of::<Set<Watched>>() == 32 && size_of::<Set<u32>>() == 16);
 const _: () = assert!(size_of::<Counters>() == 6912 && SLOTS <= 256);
@@ -314,25 +304,18 @@ mod tests {
 
     #[test]
     fn neighbours_do_not_crowd_one_set() {
-        for step in [1, 8, 64, 512, 2048, 1 << 20] {
-            let mut sets = [0u8; (NEAR + FLIGHTS) as usize];
+        // As far apart as requests and bios are: with what drivers keep behind them, in pages or not.
+        for step in [128, 192, 248, 256, 320, 384, 448, 512, 640, 1024, 4096, 65_536] {
+            let mut sets = [0u8; FLIGHTS as usize];
             let mut lost = 0;
             for at in 0..2048 {
-                let sets_of = sets_of(key(3, READ, 4096 + at * step), FLIGHTS);
-                match sets_of.into_iter().find(|set| sets[*set as usize] < WAYS as u8) {
-                    Some(set) => sets[set as usize] += 1,
-                    None => lost += 1,
+                let set = &mut sets[set_of(0x8a3f_1000 + at * step, FLIGHTS) as usize];
+                match *set < PLACES as u8 {
+                    true => *set += 1,
+                    false => lost += 1,
                 }
             }
             assert!(lost <= 8, "{lost} of 2048 by steps of {step} found no place");
         }
-    }
-
-    #[test]
-    fn keys_keep_slot_direction_and_sector_apart() {
-        let key = key(63, WRITE, TAKEN - 1);
-        assert_eq!((slot_of(key), direction_of(key)), (63, WRITE));
-        assert_ne!(super::key(1, READ, 5), super::key(1, WRITE, 5));
-        assert_eq!(super::key(0, READ, 0), TAKEN);
     }
 }

@@ -3,14 +3,15 @@
 //! Invariants:
 //! - What is not watched costs one look-up and nothing else.
 //! - Who submitted an I/O is known at `block_bio_queue` alone: completion runs in whatever context the
-//!   interrupt hit. The [`Pending`](underlay_agent_ebpf::Pending) entry carries it to the request.
+//!   interrupt hit. An entry of [`Bios`](underlay_agent_ebpf::Bios) carries it to the request.
+//! - A bio or request is known by its address, from its beginning to its end.
 //! - An I/O that can't be followed is left out, or counted in
 //!   [`Losses`](underlay_agent_ebpf::Losses); it never counts twice.
 #![cfg_attr(
     target_arch = "bpf",
     no_std,
     no_main,
-    feature(core_intrinsics),
+    feature(asm_experimental_arch, core_intrinsics),
     allow(internal_features)
 )]
 
@@ -23,9 +24,9 @@ mod bio_split;
 #[cfg(target_arch = "bpf")]
 mod finish;
 #[cfg(target_arch = "bpf")]
-mod maps;
+mod kernel;
 #[cfg(target_arch = "bpf")]
-mod record;
+mod maps;
 #[cfg(target_arch = "bpf")]
 mod rq_complete;
 #[cfg(target_arch = "bpf")]
@@ -35,7 +36,7 @@ mod rq_requeue;
 #[cfg(target_arch = "bpf")]
 mod table;
 
-/// Helpers that read kernel memory are open to programs under the GPL's terms alone. The kernel knows
+/// The kernel's structures are open to programs under the GPL's terms alone. The kernel knows
 /// the compatible pair of licences by this name.
 #[cfg(target_arch = "bpf")]
 #[unsafe(link_section = "license")]

@@ -1,22 +1,22 @@
 //! The maps, and what user space sets before the programs are loaded.
 //!
 //! Why each is of its kind:
-//! - All tables are arrays of sets of four entries (see [`crate::table`]), and not hash maps: one look-up and four comparisons where a hash map takes its lock, its lists and
-//!   several times as long; and user space reads them in place.
+//! - All tables are arrays of sets (see [`crate::table`]), and not hash maps: one look-up and a few
+//!   comparisons where a hash map takes its lock, its lists and several times as long; and user space
+//!   reads them in place.
 //! - A full set of `PENDING` gives up its oldest entry: a bio that never reaches a request (it failed
 //!   before) leaves its entry behind, and such entries must fade by themselves. What that costs
 //!   another: its request has no queue time and counts as foreign ([`Losses::orphans`]).
 //! - A full set of `FLIGHTS` takes nothing more ([`Losses::full`]): the oldest is the one that hangs.
-//!   Its entries go at completion; user space sweeps those whose completion was missed.
-//! - `COUNTERS` is an array with a shard for each of up to 16 processors and atomic additions, not a
-//!   per-CPU array: its size stays the same on a machine with a hundred processors.
+//! - `COUNTERS` is an array with a shard for each of up to 16 processors and one for all, not a per-CPU
+//!   array: its size stays the same on a machine with a hundred processors.
 
 use core::intrinsics::{AtomicOrdering, atomic_cxchg, atomic_xadd};
 
 use aya_ebpf::macros::map;
 use aya_ebpf::maps::{Array, RingBuf};
 use underlay_agent_ebpf as layout;
-use underlay_agent_ebpf::{Counters, Fields, Flight, Losses, Pending, Set, Watched};
+use underlay_agent_ebpf::{Bios, Counters, Flights, Losses, Offsets, Set, Watched};
 
 /// Watched devices by number.
 #[map]
@@ -26,15 +26,13 @@ pub static WATCHED: Array<Set<Watched>> = Array::with_max_entries(layout::WATCHE
 #[map]
 pub static OWNERS: Array<Set<u32>> = Array::with_max_entries(layout::OWNERS, 0);
 
-/// Bios by [`layout::key`] of their first sector.
+/// Bios by address.
 #[map]
-pub static PENDING: Array<Set<Pending>> =
-    Array::with_max_entries(layout::NEAR + layout::PENDING, 0);
+pub static PENDING: Array<Bios> = Array::with_max_entries(layout::PENDING, 0);
 
-/// Requests by [`layout::key`] of the sector past their end. User space maps it into its memory.
+/// Requests by address. User space maps it into its memory.
 #[map]
-pub static FLIGHTS: Array<Set<Flight>> =
-    Array::with_max_entries(layout::NEAR + layout::FLIGHTS, MMAPABLE);
+pub static FLIGHTS: Array<Flights> = Array::with_max_entries(layout::FLIGHTS, MMAPABLE);
 
 /// Counters by slot and shard. User space sets the number of entries.
 #[map]
@@ -51,29 +49,34 @@ pub static LOSSES: Array<Losses> = Array::with_max_entries(1, 0);
 /// `BPF_F_MMAPABLE`.
 const MMAPABLE: u32 = 1 << 10;
 
-/// Fields of block_bio_queue.
+/// Where the members of the kernel's structures are.
 #[unsafe(no_mangle)]
-pub static BIO_QUEUE: Fields = NOWHERE;
-/// Fields of block_split.
-#[unsafe(no_mangle)]
-pub static BIO_SPLIT: Fields = NOWHERE;
-/// Fields of block_bio_complete.
-#[unsafe(no_mangle)]
-pub static BIO_COMPLETE: Fields = NOWHERE;
-/// Fields of block_rq_issue.
-#[unsafe(no_mangle)]
-pub static RQ_ISSUE: Fields = NOWHERE;
-/// Fields of block_rq_requeue.
-#[unsafe(no_mangle)]
-pub static RQ_REQUEUE: Fields = NOWHERE;
-/// Fields of block_rq_complete.
-#[unsafe(no_mangle)]
-pub static RQ_COMPLETE: Fields = NOWHERE;
-/// How many shards a slot has: a power of two.
+pub static OFFSETS: Offsets = NOWHERE;
+/// How many shards a slot has, beside the one for all: a power of two.
 #[unsafe(no_mangle)]
 pub static SHARDS: u32 = 1;
+/// 1: each shard is one processor's alone.
+#[unsafe(no_mangle)]
+pub static ALONE: u32 = 0;
 
-const NOWHERE: Fields = Fields { dev: 0, sector: 0, sectors: 0, rwbs: 0, error: 0 };
+const NOWHERE: Offsets = Offsets {
+    bio_next: 0,
+    bio_bdev: 0,
+    bio_opf: 0,
+    bio_status: 0,
+    bio_sector: 0,
+    bio_size: 0,
+    bio_private: 0,
+    bdev_dev: 0,
+    request_queue: 0,
+    request_opf: 0,
+    request_bytes: 0,
+    request_sector: 0,
+    request_bio: 0,
+    queue_disk: 0,
+    disk_major: 0,
+    disk_minor: 0,
+};
 
 /// What user space set in the place of `global`.
 #[inline(always)]
@@ -110,12 +113,4 @@ pub fn lost(which: impl FnOnce(*mut Losses) -> *mut u64) {
     if let Some(losses) = LOSSES.get_ptr_mut(0) {
         add(which(losses), 1);
     }
-}
-
-/// The number of requests that were given back and not issued again yet.
-#[inline(always)]
-pub fn requeued() -> Option<*mut u64> {
-    let losses = LOSSES.get_ptr_mut(0)?;
-    // SAFETY: only the address of a field of the entry is taken.
-    Some(unsafe { &raw mut (*losses).requeued })
 }

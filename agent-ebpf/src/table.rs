@@ -1,24 +1,25 @@
-//! Tables: sets of four entries in an array. Watched devices and owners, which user space writes; bios
-//! and requests under way, which are taken and left here.
+//! Tables: sets of a few entries in an array. Watched devices and owners, which user space writes; bios
+//! and requests under way, which are entered and taken here.
 //!
 //! Invariants:
-//! - An entry is taken by exchanging its key, 0 for the I/O's or the I/O's for 0: of two processors one
-//!   gets it. What stands beside the key belongs to who took it.
-//! - Two I/Os of one place at one time are two entries. Which of them ends first is not told apart: the
-//!   sum of their times is right, and so is their number. The newest is taken first: an older one may be
-//!   one whose completion was missed, and would lend its age to every later I/O of its place.
+//! - The place of a flight is taken and left by exchanging its key, 0 for an address or an address for 0:
+//!   two processors never have one place. What stands beside the key belongs to who took it.
+//! - A set has at most one flight of an address: who enters one has looked for it.
+//! - Bios take their places without an exchange. Two processors that choose one place within the same
+//!   few nanoseconds, or a full set's eviction, cost an entry: its request counts as an orphan.
 
-use underlay_agent_ebpf::{self as layout, Flight, Pending, Watched, set_of, sets_of};
+use underlay_agent_ebpf::{self as layout, Bios, Flight, Flights, PLACES, Watched, set_of};
 
+use crate::kernel::low;
 use crate::maps::{FLIGHTS, OWNERS, PENDING, WATCHED, exchange};
-
-/// After so many nanoseconds a bio has either got its request or lost its way.
-const FADED: u64 = 10_000_000_000;
 
 /// The watched device of this number.
 #[inline(always)]
 pub fn watched(dev: u32) -> Option<Watched> {
-    let set = WATCHED.get_ptr(set_of(u64::from(dev), layout::WATCHED))?.cast::<Watched>();
+    if dev == 0 {
+        return None;
+    }
+    let set = WATCHED.get_ptr(set_of(dev, layout::WATCHED))?.cast::<Watched>();
     for at in 0..layout::WAYS {
         // SAFETY: the set is live map memory of that many entries, each one aligned word.
         let entry = unsafe { *set.add(at) };
@@ -32,7 +33,7 @@ pub fn watched(dev: u32) -> Option<Watched> {
 /// 1 if I/O of this thread group is our own.
 #[inline(always)]
 pub fn own(tgid: u32) -> u32 {
-    let set = OWNERS.get_ptr(set_of(u64::from(tgid), layout::OWNERS)).map(|set| set.cast::<u32>());
+    let set = OWNERS.get_ptr(set_of(tgid, layout::OWNERS)).map(|set| set.cast::<u32>());
     let Some(set) = set else { return 0 };
     for at in 0..layout::WAYS {
         // SAFETY: the set is live map memory of that many entries.
@@ -43,135 +44,119 @@ pub fn own(tgid: u32) -> u32 {
     0
 }
 
-/// The place of a pending bio with this key.
+/// Enters a bio: at its own place if it has one, at a free one, or at that of the oldest. A second entry
+/// of an address, from a bio that never got a request, lies behind the new one, and is not found.
 #[inline(always)]
-pub fn pending(key: u64) -> Option<*mut Pending> {
-    for set in sets_of(key, layout::PENDING) {
-        let set = PENDING.get_ptr_mut(set)?.cast::<Pending>();
-        let (mut found, mut newest) = (None, 0);
-        for at in 0..layout::WAYS {
-            // SAFETY: the set is live map memory of that many entries.
-            let way = unsafe { set.add(at) };
-            // SAFETY: as above; a torn key is impossible, it is one aligned word.
-            if unsafe { (&raw const (*way).key).read_volatile() } == key {
-                // SAFETY: as above.
-                let queued = unsafe { (*way).queued };
-                if queued >= newest {
-                    (found, newest) = (Some(way), queued);
-                }
-            }
-        }
-        if found.is_some() {
-            return found;
-        }
-    }
-    None
-}
-
-/// Takes a pending bio with this key out of the table.
-#[inline(always)]
-pub fn take_pending(key: u64) -> Option<Pending> {
-    let way = pending(key)?;
-    // SAFETY: the pointer is an entry's. Should another take it in the meantime, the exchange fails.
-    let entry = unsafe { *way };
-    // SAFETY: only the field's address is taken.
-    exchange(unsafe { &raw mut (*way).key }, key, 0).then_some(entry)
-}
-
-/// Enters a bio: at a free place, or at that of one which has waited too long to be still on its way,
-/// or in place of the oldest of the second set.
-#[inline(always)]
-pub fn put_pending(entry: Pending) -> Option<()> {
-    let faded = entry.queued.saturating_sub(FADED);
-    let (mut place, mut oldest) = (core::ptr::null_mut::<Pending>(), u64::MAX);
-    for set in sets_of(entry.key, layout::PENDING) {
-        let set = PENDING.get_ptr_mut(set)?.cast::<Pending>();
-        (place, oldest) = (set, u64::MAX);
-        for at in 0..layout::WAYS {
-            // SAFETY: the set is live map memory of that many entries.
-            let way = unsafe { set.add(at) };
-            // SAFETY: as above. Two that choose one place at the same moment lose one of both: it will
-            // count as an orphan.
-            let (key, queued) = unsafe { ((*way).key, (*way).queued) };
-            let age = if key == 0 { 0 } else { queued };
-            if age < oldest {
-                (place, oldest) = (way, age);
-            }
-        }
-        if oldest <= faded {
+pub fn put_pending(key: u64, queued: u64) -> Option<()> {
+    let set = PENDING.get_ptr_mut(set_of(low(key), layout::PENDING))?;
+    let (keys, times) = parts(set);
+    let (mut place, mut oldest) = (0, u64::MAX);
+    for at in 0..PLACES {
+        // SAFETY: the set is live map memory of that many entries, aligned words.
+        let (other, time) = unsafe { (keys.add(at).read_volatile(), times.add(at)) };
+        if other == 0 || other == key {
+            place = at;
             break;
         }
+        // SAFETY: as above.
+        let time = unsafe { time.read_volatile() };
+        if time < oldest {
+            (place, oldest) = (at, time);
+        }
     }
-    if place.is_null() || oldest == u64::MAX {
-        return None;
-    }
-    // SAFETY: `place` is an entry of one of the sets.
+    // SAFETY: as above.
     unsafe {
-        (*place).queued = entry.queued;
-        (*place).sectors = entry.sectors;
-        (*place).own = entry.own;
-        (&raw mut (*place).key).write_volatile(entry.key);
+        times.add(place).write_volatile(queued);
+        keys.add(place).write_volatile(key);
     }
     Some(())
 }
 
-/// The place of a flight with this key whose flags have `flags` set.
+/// When a bio was submitted, as [`Bios::queued`] has it.
 #[inline(always)]
-pub fn flight(key: u64, flags: u32) -> Option<*mut Flight> {
-    for set in sets_of(key, layout::FLIGHTS) {
-        let set = FLIGHTS.get_ptr_mut(set)?.cast::<Flight>();
-        let (mut found, mut newest) = (None, 0);
-        for at in 0..layout::WAYS {
-            // SAFETY: the set is live map memory of that many entries.
-            let way = unsafe { set.add(at) };
-            // SAFETY: as above; a torn key is impossible, it is one aligned word.
-            if unsafe { (&raw const (*way).key).read_volatile() } == key {
-                // SAFETY: as above.
-                let (issued, has) = unsafe { ((*way).issued, (*way).flags) };
-                if has & flags == flags && issued >= newest {
-                    (found, newest) = (Some(way), issued);
-                }
+pub fn pending(key: u64) -> Option<u64> {
+    let (_, times, at) = bio(key)?;
+    // SAFETY: a place of a set.
+    Some(unsafe { times.add(at).read_volatile() })
+}
+
+/// Takes a bio out of the table.
+#[inline(always)]
+pub fn take_pending(key: u64) -> Option<u64> {
+    let (keys, times, at) = bio(key)?;
+    // SAFETY: a place of a set. One processor issues the request of a bio.
+    unsafe {
+        let queued = times.add(at).read_volatile();
+        keys.add(at).write_volatile(0);
+        Some(queued)
+    }
+}
+
+#[inline(always)]
+fn bio(key: u64) -> Option<(*mut u64, *mut u64, usize)> {
+    let set = PENDING.get_ptr_mut(set_of(low(key), layout::PENDING))?;
+    let (keys, times) = parts(set);
+    Some((keys, times, find(keys, key)?))
+}
+
+#[inline(always)]
+fn parts(set: *mut Bios) -> (*mut u64, *mut u64) {
+    // SAFETY: only addresses of fields are taken.
+    unsafe { ((&raw mut (*set).keys).cast(), (&raw mut (*set).queued).cast()) }
+}
+
+/// The set in which a flight is or will be: its keys, and what stands beside them.
+#[inline(always)]
+fn flights(key: u64) -> Option<(*mut u64, *mut Flight)> {
+    let set: *mut Flights = FLIGHTS.get_ptr_mut(set_of(low(key), layout::FLIGHTS))?;
+    // SAFETY: only addresses of fields are taken.
+    Some(unsafe { ((&raw mut (*set).keys).cast(), (&raw mut (*set).flights).cast()) })
+}
+
+/// The place of the flight of this address.
+#[inline(always)]
+pub fn flight(key: u64) -> Option<*mut Flight> {
+    let (keys, flights) = flights(key)?;
+    // SAFETY: a place of the set.
+    find(keys, key).map(|at| unsafe { flights.add(at) })
+}
+
+/// Enters a flight whose address is not in the table; nothing if its set is full.
+#[inline(always)]
+pub fn put_flight(key: u64, entry: &Flight) -> Option<()> {
+    let (keys, flights) = flights(key)?;
+    for at in 0..PLACES {
+        // SAFETY: a place of the set. Who exchanges its key owns the rest; the request it is for is not
+        // issued yet, so that nobody looks for it.
+        unsafe {
+            let key_there = keys.add(at);
+            if key_there.read_volatile() == 0 && exchange(key_there, 0, key) {
+                *flights.add(at) = *entry;
+                return Some(());
             }
-        }
-        if found.is_some() {
-            return found;
         }
     }
     None
 }
 
-/// Takes a flight with this key out of the table.
+/// Takes the flight of this address out of the table.
 #[inline(always)]
 pub fn take_flight(key: u64) -> Option<Flight> {
-    let way = flight(key, 0)?;
-    // SAFETY: the pointer is an entry's. Should another take it in the meantime, the exchange fails.
-    let entry = unsafe { *way };
-    // SAFETY: only the field's address is taken.
-    exchange(unsafe { &raw mut (*way).key }, key, 0).then_some(entry)
+    let (keys, flights) = flights(key)?;
+    let at = find(keys, key)?;
+    // SAFETY: a place of the set. Should another take it in the meantime, the exchange fails.
+    unsafe {
+        let entry = *flights.add(at);
+        exchange(keys.add(at), key, 0).then_some(entry)
+    }
 }
 
-/// Enters a flight; nothing if both its sets are full.
 #[inline(always)]
-pub fn put_flight(entry: &Flight) -> Option<()> {
-    for set in sets_of(entry.key, layout::FLIGHTS) {
-        let set = FLIGHTS.get_ptr_mut(set)?.cast::<Flight>();
-        for at in 0..layout::WAYS {
-            // SAFETY: the set is live map memory of that many entries.
-            let way = unsafe { set.add(at) };
-            // SAFETY: as above. Who exchanges the key owns the rest; the request it is for is not
-            // issued yet, so that nobody looks for it.
-            unsafe {
-                let key = &raw mut (*way).key;
-                if key.read_volatile() != 0 || !exchange(key, 0, entry.key) {
-                    continue;
-                }
-                (*way).issued = entry.issued;
-                (*way).waited = entry.waited;
-                (*way).sector = entry.sector;
-                (*way).sectors = entry.sectors;
-                (*way).flags = entry.flags;
-            }
-            return Some(());
+fn find(keys: *mut u64, key: u64) -> Option<usize> {
+    for at in 0..PLACES {
+        // SAFETY: the set is live map memory of that many keys, aligned words.
+        if unsafe { keys.add(at).read_volatile() } == key {
+            return Some(at);
         }
     }
     None

@@ -3,7 +3,7 @@
 use crate::error::{Error, Result};
 use crate::sys;
 
-/// Number of CAP_PERFMON: tracepoints, and the reading of what they carry.
+/// Number of CAP_PERFMON: tracepoints, and the reading of what they point at.
 const PERFMON: u64 = 38;
 /// Number of CAP_BPF: programs and maps.
 const BPF: u64 = 39;
@@ -20,7 +20,7 @@ pub fn missing() -> Result<Vec<&'static str>> {
 
 /// Gives up everything but CAP_BPF and CAP_PERFMON, as far as they are there.
 ///
-/// Called once all that needs more is done: tracefs is read and the programs are attached.
+/// Called once all that may need more is done: the programs are attached.
 pub fn give_up() -> Result<()> {
     let has = sys::capabilities().map_err(|error| Error::io("reading capabilities", error))?;
     let keep = has.permitted & (1 << BPF | 1 << PERFMON);

@@ -31,7 +31,7 @@ impl Dev {
         Dev { major: libc::major(dev), minor: libc::minor(dev) }
     }
 
-    /// As the kernel itself, and with it tracepoints, has it: 12 bits, then 20.
+    /// As the kernel itself has it: 12 bits, then 20.
     pub const fn kernel(self) -> u32 {
         self.major << 20 | self.minor & 0xf_ffff
     }
@@ -143,8 +143,12 @@ impl Device {
         all
     }
 
-    /// How many requests the disk works on, by the kernel's own count; nothing if it has none.
+    /// How many requests the disk works on, by the kernel's own count; nothing if it keeps none.
     pub fn in_flight(&self) -> Option<u64> {
+        let counts = fs::read_to_string(format!("{SYSFS}/{}/queue/iostats", self.disk));
+        if counts.ok()?.trim() != "1" {
+            return None;
+        }
         let text = fs::read_to_string(format!("{SYSFS}/{}/inflight", self.disk)).ok()?;
         text.split_whitespace().map(|word| word.parse::<u64>().ok()).sum()
     }

@@ -13,35 +13,35 @@ pub enum Error {
     /// The agent was built without the programs.
     #[error("no probes: run cargo xtask build-ebpf, then build the agent again")]
     NotBuilt,
-    /// No tracefs, and none could be mounted.
-    #[error("no tracefs: mount it (mount -t tracefs tracefs {})", path.display())]
-    NoTracefs {
-        /// Where it belongs.
+    /// The kernel does not describe its types.
+    #[error("no BTF at {}: this kernel was built without CONFIG_DEBUG_INFO_BTF", path.display())]
+    NoBtf {
+        /// Where it would be.
         path: PathBuf,
-        /// Why mounting it failed.
-        source: io::Error,
     },
-    /// A file of tracefs or sysfs can't be read.
-    #[error("{}: can't be read; the agent must start as root or with CAP_DAC_READ_SEARCH", path.display())]
+    /// A file of sysfs can't be read.
+    #[error("{}: can't be read", path.display())]
     Unreadable {
         /// The file.
         path: PathBuf,
         /// Why.
         source: io::Error,
     },
-    /// The kernel has no such tracepoint.
-    #[error("tracepoint {name}: this kernel has none ({}); it was built without CONFIG_BLK_DEV_IO_TRACE or TRACEPOINTS", path.display())]
+    /// The kernel has no such tracepoint, or none for programs.
+    #[error(
+        "tracepoint {name}: this kernel has none; it was built without TRACEPOINTS or BPF_EVENTS"
+    )]
     NoTracepoint {
         /// Its name.
         name: &'static str,
-        /// Where its description would be.
-        path: PathBuf,
     },
-    /// A tracepoint's layout is not one that the programs can use.
-    #[error("tracepoint {name}: {problem}; this kernel needs a newer underlay-agent")]
+    /// A tracepoint or a structure is not one that the programs can use.
+    #[error(
+        "{what}: {problem}; the probes need Linux 5.15 or newer, and a newer kernel may need a newer underlay-agent"
+    )]
     Layout {
-        /// Its name.
-        name: &'static str,
+        /// What it is.
+        what: String,
         /// What is missing or different.
         problem: String,
     },
@@ -111,7 +111,7 @@ impl Error {
     pub const fn kind(&self) -> &'static str {
         match self {
             Error::NotBuilt => "not_built",
-            Error::NoTracefs { .. } => "no_tracefs",
+            Error::NoBtf { .. } => "no_btf",
             Error::Unreadable { .. } => "unreadable",
             Error::NoTracepoint { .. } => "no_tracepoint",
             Error::Layout { .. } => "layout",

@@ -165,7 +165,8 @@ impl Follower {
                 chunks: std::mem::take(&mut self.unnamed),
                 unmatched: losses.unmatched.wrapping_sub(before.unmatched),
                 orphans: losses.orphans.wrapping_sub(before.orphans),
-                swept: std::mem::take(&mut self.swept),
+                swept: std::mem::take(&mut self.swept)
+                    + losses.replaced.wrapping_sub(before.replaced),
             },
             cost: cost.zip(cost_before).map(|(now, before)| Cost {
                 run_ns: now.run_ns.saturating_sub(before.run_ns),
@@ -191,6 +192,8 @@ impl Follower {
             let slots = self.probes.slots();
             return Err(Error::Full { name: device.name.clone(), slots });
         };
+        // Also what came in while an earlier disk lost the slot.
+        self.forget(at)?;
         let number = at as u32;
         // What an earlier disk left in the counters is not this one's.
         let last = self.probes.counters(number)?;
@@ -209,6 +212,11 @@ impl Follower {
         for dev in slot.devs {
             self.probes.unwatch(dev)?;
         }
+        self.forget(at)
+    }
+
+    /// Forgets what is under way on a slot that no disk has.
+    fn forget(&mut self, at: usize) -> Result<()> {
         let flights = self.probes.in_flight()?;
         for flight in flights.iter().filter(|flight| flight.slot as usize == at) {
             self.probes.forget(flight);
@@ -239,7 +247,6 @@ impl Follower {
         let mut mine: Vec<_> = flights.iter().filter(|flight| flight.slot as usize == at).collect();
         mine.sort_unstable_by_key(|flight| flight.age);
         let missed = missed(&mine, slot.device.in_flight());
-        let missed: Vec<InFlight> = missed.into_iter().copied().collect();
         mine.retain(|flight| !missed.contains(flight));
         self.swept += missed.len() as u64;
         missed.iter().for_each(|flight| self.probes.forget(flight));
@@ -261,20 +268,16 @@ fn same(one: &Device, other: &Device) -> bool {
     one.disk == other.disk && one.kind == other.kind && one.name == other.name
 }
 
-/// Which of a disk's flights (ascending by age) can't be in flight: the kernel counts fewer, later.
+/// Which of a disk's flights (ascending by age) can't be in flight: the kernel counts fewer than are here.
 ///
-/// The kernel passes a program over while its processor is within another, so that a completion may
-/// go unseen. Those that are kept are the youngest: a request taken for hung would be a false alarm.
-fn missed<'a>(flights: &[&'a InFlight], real: Option<u64>) -> Vec<&'a InFlight> {
+/// An end goes unseen only if the kernel shows it to neither of two programs; its flight then stays until
+/// the next request at its address, which on an idle disk is late. Those that are kept are the youngest: a
+/// request taken for hung would be a false alarm.
+fn missed(flights: &[&InFlight], real: Option<u64>) -> Vec<InFlight> {
     let Some(real) = real else { return Vec::new() };
-    let mut kept = 0;
-    let old = flights.iter().filter(|flight| flight.age > LONG);
-    old.filter(|_| {
-        kept += 1;
-        kept > real
-    })
-    .copied()
-    .collect()
+    let old = flights.iter().filter(|flight| flight.age > LONG).count() as u64;
+    let gone = old.saturating_sub(real);
+    flights.iter().rev().take(gone as usize).map(|flight| **flight).collect()
 }
 
 fn attribute(
@@ -344,6 +347,22 @@ mod tests {
         assert_eq!(chunks[&(3, 0)], (quarter, Heat::default()));
         assert_eq!(chunks[&(3, 1)], (quarter, Heat::default()));
         assert_eq!((rest, unnamed), (Heat { reads: 1, bytes: 8192, ns: 500 }, 0));
+    }
+
+    #[test]
+    fn of_old_flights_those_are_forgotten_that_the_kernel_does_not_count() {
+        let of = |age| {
+            let mut flight = InFlight::default();
+            flight.age = age;
+            flight
+        };
+        let flights = [of(5), of(LONG + 1), of(LONG + 2), of(LONG + 3)];
+        let flights: Vec<&InFlight> = flights.iter().collect();
+        let ages = |real| -> Vec<u64> {
+            missed(&flights, real).iter().map(|flight| flight.age - LONG).collect()
+        };
+        assert!(ages(None).is_empty() && ages(Some(3)).is_empty());
+        assert_eq!((ages(Some(2)), ages(Some(0))), (vec![3], vec![3, 2, 1]));
     }
 
     #[test]

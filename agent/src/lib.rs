@@ -8,7 +8,7 @@
 //!   |
 //! probes          load, attach, read maps                      (feature `probes`, with aya)
 //!   |
-//! extents, fiemap, device, tracefs, histogram, report          (always)
+//! extents, fiemap, device, kernel, btf, histogram, report      (always)
 //!   |
 //! sys             every unsafe line
 //! ```
@@ -17,13 +17,14 @@
 //! - Without feature `probes` this crate has no eBPF in it: that is how the daemon uses it.
 //! - Time is nanoseconds, positions are bytes unless a name says sectors (of 512 bytes).
 
+pub mod btf;
 pub mod device;
 pub mod error;
 pub mod extents;
 pub mod fiemap;
 pub mod histogram;
+pub mod kernel;
 pub mod report;
-pub mod tracefs;
 
 #[cfg(feature = "probes")]
 pub mod capabilities;

@@ -15,8 +15,8 @@ use underlay_agent::{capabilities, check, serve};
 
 /// Follows each disk read from submission to completion, in the kernel.
 ///
-/// Needs CAP_BPF and CAP_PERFMON, and to begin with the right to read tracefs (root's own, or
-/// CAP_DAC_READ_SEARCH). Everything else is given up before the first report.
+/// Needs CAP_BPF and CAP_PERFMON, and a kernel that describes its types (BTF). Every other privilege is
+/// given up before the first report.
 #[derive(Parser)]
 #[command(name = "underlay-agent", version, args_conflicts_with_subcommands = true)]
 struct Args {

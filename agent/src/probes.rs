@@ -16,8 +16,8 @@ use std::os::fd::OwnedFd;
 
 use aya::Ebpf;
 use aya::maps::{Array, MapData, RingBuf};
-use aya::programs::TracePoint;
-use aya::programs::trace_point::TracePointLinkId;
+use aya::programs::BtfTracePoint;
+use aya::programs::tp_btf::BtfTracePointLinkId;
 use aya::sys::{Stats, enable_stats};
 use nix::time::{ClockId, clock_gettime};
 use underlay_agent_ebpf as layout;
@@ -25,21 +25,30 @@ use underlay_agent_ebpf::{Class, Counters, Losses, Touch, Watched};
 
 use crate::device::{Dev, Kind};
 use crate::error::{Error, Result};
+use crate::kernel::{self, Tracepoint};
 use crate::report::Cost;
 use crate::sys::{self, Plain, Table};
 pub use load::embedded;
 use sets::Sets;
 
-/// The programs and the tracepoint of each. The last is attached only while a device needs it.
-const PROGRAMS: [(&str, &str); 6] = [
-    ("bio_queue", "block_bio_queue"),
-    ("bio_split", "block_split"),
-    ("rq_issue", "block_rq_issue"),
-    ("rq_requeue", "block_rq_requeue"),
-    ("rq_complete", "block_rq_complete"),
-    BIO_COMPLETE,
+/// The programs and the tracepoint of each, in the order in which they are attached. Completion comes first:
+/// a request whose issue is seen will then be seen to end. Of two on one tracepoint the second sees what the
+/// first can't.
+const PROGRAMS: [(&str, Tracepoint); 8] = [
+    RQ_COMPLETE[0],
+    RQ_COMPLETE[1],
+    BIO_COMPLETE[0],
+    BIO_COMPLETE[1],
+    ("rq_requeue", kernel::RQ_REQUEUE),
+    ("rq_issue", kernel::RQ_ISSUE),
+    ("bio_split", kernel::BIO_SPLIT),
+    ("bio_queue", kernel::BIO_QUEUE),
 ];
-const BIO_COMPLETE: (&str, &str) = ("bio_complete", "block_bio_complete");
+const RQ_COMPLETE: [(&str, Tracepoint); 2] =
+    [("rq_complete", kernel::RQ_COMPLETE), ("rq_complete_2", kernel::RQ_COMPLETE)];
+/// These are attached only while a device needs them.
+const BIO_COMPLETE: [(&str, Tracepoint); 2] =
+    [("bio_complete", kernel::BIO_COMPLETE), ("bio_complete_2", kernel::BIO_COMPLETE)];
 /// After this time in flight a request is looked at twice, in nanoseconds.
 pub const LONG: u64 = 1_000_000_000;
 
@@ -55,12 +64,12 @@ pub struct Probes {
     ring: RingBuf<MapData>,
     slots: u32,
     shards: u32,
-    ends: Option<TracePointLinkId>,
+    ends: Vec<BtfTracePointLinkId>,
     account: Option<OwnedFd>,
 }
 
 /// A request that has not come back.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct InFlight {
     at: usize,
     key: u64,
@@ -89,27 +98,27 @@ impl Probes {
             Kind::Bios => layout::BIOS,
         };
         let entry = Watched { dev: dev.kernel(), slot: slot as u16, kind };
-        self.watched.put(u64::from(entry.dev), entry, |other| other.dev)
+        self.watched.put(entry.dev, entry, |other| other.dev)
     }
 
     /// I/O of `dev` counts no longer.
     pub fn unwatch(&mut self, dev: Dev) -> Result<()> {
-        self.watched.remove(u64::from(dev.kernel()), dev.kernel(), |other| other.dev)
+        self.watched.remove(dev.kernel(), |other| other.dev)
     }
 
-    /// Attaches the program that sees the ends of bios, or detaches it.
+    /// Attaches the programs that see the ends of bios, or detaches them.
     pub fn follow_bios(&mut self, needed: Needed) -> Result<()> {
-        let (name, tracepoint) = BIO_COMPLETE;
-        match (needed, self.ends.take()) {
-            (Needed::Yes, None) => {
-                self.ends = Some(load::attach(program(&mut self.ebpf, name)?, tracepoint)?);
+        if needed == Needed::Yes && self.ends.is_empty() {
+            for (name, tracepoint) in BIO_COMPLETE {
+                self.ends.push(load::attach(program(&mut self.ebpf, name)?, &tracepoint)?);
             }
-            (Needed::No, Some(link)) => {
+        }
+        if needed == Needed::No {
+            for ((name, tracepoint), link) in BIO_COMPLETE.into_iter().zip(self.ends.drain(..)) {
                 let detached = program(&mut self.ebpf, name)?.detach(link);
-                detached
-                    .map_err(|error| refused(format!("detaching from {tracepoint}"), &error))?;
+                let what = format!("detaching from {}", tracepoint.name);
+                detached.map_err(|error| refused(what, &error))?;
             }
-            (_, ends) => self.ends = ends,
         }
         Ok(())
     }
@@ -118,10 +127,10 @@ impl Probes {
     pub fn own(&mut self, tgids: &[u32]) -> Result<()> {
         let before = std::mem::take(&mut self.tgids);
         for gone in before.iter().filter(|tgid| !tgids.contains(tgid)) {
-            self.owners.remove(u64::from(*gone), *gone, |other| *other)?;
+            self.owners.remove(*gone, |other| *other)?;
         }
         for tgid in tgids.iter().filter(|tgid| **tgid != 0) {
-            self.owners.put(u64::from(*tgid), *tgid, |other| *other)?;
+            self.owners.put(*tgid, *tgid, |other| *other)?;
             self.tgids.push(*tgid);
         }
         Ok(())
@@ -165,12 +174,12 @@ impl Probes {
     }
 
     fn read(&self, at: usize, now: u64) -> Option<InFlight> {
-        let flight = self.flights.read(at)?;
+        let (key, flight) = self.flights.read(at)?;
         Some(InFlight {
             at,
-            key: flight.key,
+            key,
             issued: flight.issued,
-            slot: layout::slot_of(flight.key),
+            slot: u32::from(flight.slot),
             age: now.saturating_sub(flight.issued),
         })
     }
@@ -221,7 +230,7 @@ impl Probes {
         objects.collect::<BTreeMap<_, _>>().into_values().sum()
     }
 
-    fn programs(&self) -> impl Iterator<Item = &TracePoint> {
+    fn programs(&self) -> impl Iterator<Item = &BtfTracePoint> {
         self.ebpf.programs().filter_map(|(_, program)| program.try_into().ok())
     }
 }
@@ -235,7 +244,7 @@ pub enum Needed {
     No,
 }
 
-fn program<'a>(ebpf: &'a mut Ebpf, name: &str) -> Result<&'a mut TracePoint> {
+fn program<'a>(ebpf: &'a mut Ebpf, name: &str) -> Result<&'a mut BtfTracePoint> {
     let missing = || Error::Refused {
         what: format!("program {name}"),
         problem: "not in the embedded object; build it again: cargo xtask build-ebpf".into(),

@@ -75,7 +75,7 @@ mod with_probes {
 
     use nix::sys::mman::{MapFlags, ProtFlags, mmap, munmap};
     use underlay_agent_ebpf::{
-        Counters, FLIGHTS, Fields, Flight, Losses, NEAR, Set, Touch, WAYS, Watched,
+        Counters, FLIGHTS, Flight, Flights, Losses, Offsets, PLACES, Set, Touch, Watched,
     };
 
     /// A layout of the programs as aya takes it: plain bytes.
@@ -93,18 +93,18 @@ mod with_probes {
     // SAFETY: as above.
     unsafe impl aya::Pod for Plain<Losses> {}
     // SAFETY: as above.
-    unsafe impl aya::Pod for Plain<Fields> {}
+    unsafe impl aya::Pod for Plain<Offsets> {}
 
     /// The table of requests under way, in the programs' own memory.
     pub struct Table {
-        at: NonNull<Flight>,
+        at: NonNull<Flights>,
     }
 
     impl Table {
         /// Entries of the table.
-        pub const ENTRIES: usize = (NEAR + FLIGHTS) as usize * WAYS;
+        pub const ENTRIES: usize = FLIGHTS as usize * PLACES;
         const BYTES: NonZero<usize> =
-            NonZero::new(size_of::<Set<Flight>>() * (NEAR + FLIGHTS) as usize).unwrap();
+            NonZero::new(size_of::<Flights>() * FLIGHTS as usize).unwrap();
 
         /// Maps it.
         pub fn map(fd: impl AsFd) -> io::Result<Table> {
@@ -115,25 +115,34 @@ mod with_probes {
             Ok(Table { at: at.cast() })
         }
 
-        /// An entry as it is now; nothing if it is free or past the end. The kernel may be writing it.
-        pub fn read(&self, at: usize) -> Option<Flight> {
-            let entry = self.entry(at)?;
+        /// An entry as it is now, and its key; nothing if it is free or past the end. The kernel may
+        /// be writing it.
+        pub fn read(&self, at: usize) -> Option<(u64, Flight)> {
+            let (key, flight) = self.entry(at)?;
             // SAFETY: within the mapping, which lives as long as `self`; integers, valid for all bits.
-            let flight = unsafe { entry.as_ptr().read_volatile() };
-            (flight.key != 0).then_some(flight)
+            let key = unsafe { key.read_volatile() };
+            // SAFETY: as above.
+            (key != 0).then(|| (key, unsafe { flight.read_volatile() }))
         }
 
         /// Frees an entry if it still has this key.
         pub fn free(&self, at: usize, key: u64) {
-            let Some(entry) = self.entry(at) else { return };
+            let Some((word, _)) = self.entry(at) else { return };
             // SAFETY: as above; the field is aligned, and the kernel's side of it is atomic too.
-            let word = unsafe { AtomicU64::from_ptr(&raw mut (*entry.as_ptr()).key) };
+            let word = unsafe { AtomicU64::from_ptr(word) };
             let _ = word.compare_exchange(key, 0, Ordering::SeqCst, Ordering::SeqCst);
         }
 
-        fn entry(&self, at: usize) -> Option<NonNull<Flight>> {
-            // SAFETY: within the mapping, as the comparison says: sets have no bytes but their ways.
-            (at < Table::ENTRIES).then(|| unsafe { self.at.add(at) })
+        fn entry(&self, at: usize) -> Option<(*mut u64, *const Flight)> {
+            if at >= Table::ENTRIES {
+                return None;
+            }
+            // SAFETY: within the mapping, as the comparison says; only addresses are taken.
+            unsafe {
+                let set = self.at.add(at / PLACES).as_ptr();
+                let key = (&raw mut (*set).keys).cast::<u64>().add(at % PLACES);
+                Some((key, (&raw const (*set).flights).cast::<Flight>().add(at % PLACES)))
+            }
         }
     }
 

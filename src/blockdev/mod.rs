@@ -12,7 +12,7 @@ pub mod ublk;
 pub use base::BaseImage;
 pub use device::{Device, Extent, Info, Provision};
 pub use figures::Figures;
-pub use replica::Replica;
+pub use replica::{Below, Footing, Replica};
 
 use crate::io::Ring;
 

@@ -103,6 +103,7 @@ impl Node {
                     return Err(Error::new(kind, format!("disk {name}: {reason}")));
                 }
                 self.0.settle(known.clone(), opened);
+                self.settle_moves();
                 self.change_disk(&known, &options)
             }
             None => self.new_disk(path, &options),
@@ -137,6 +138,7 @@ impl Node {
                     tier: options.tier,
                     pool: options.placement == Some(Placement::Pool),
                     cache: options.cache,
+                    draining: false,
                     created: record::now(),
                 };
                 (Disk::init(&path, &record, self.0.steps.clone())?, record)
@@ -148,6 +150,7 @@ impl Node {
             None => disks.push(known.clone()),
         })?;
         self.0.settle(known.clone(), Ok((disk, record, contents)));
+        self.settle_moves();
         self.change_disk(&known, options)
     }
 
@@ -168,6 +171,8 @@ impl Node {
         let before = record.clone();
         record.tier = options.tier.or(record.tier);
         record.cache = options.cache.or(record.cache);
+        // Whoever adds it again wants it back.
+        record.draining = false;
         record.pool = options.placement.map_or(record.pool, |to| to == Placement::Pool);
         if record.pool && !replicas.is_empty() {
             return Err(Error::new(
@@ -202,6 +207,28 @@ impl Node {
             )),
             _ => Ok(()),
         }
+    }
+
+    /// From now on the disk takes nothing new, or does again.
+    pub fn set_draining(&self, name: &Name, draining: bool) -> Result<DiskStatus> {
+        let (_claimed, (disk, record)) = self.0.claim(name, |view| {
+            let slot = view.disk(name)?;
+            let disk = slot.usable()?.clone();
+            let Attachment::Here(_, record) = &slot.at else { return Err(slot.absent()) };
+            let wants =
+                vec![(Object::Catalogue, Mode::Shared), (Object::Disk(disk.id), Mode::Shared)];
+            Ok((wants, (disk, record.clone())))
+        })?;
+        if record.draining != draining {
+            let record = DiskRecord { draining, ..record };
+            record::write(&disk.home, DISK_JSON, &record)
+                .map_err(|error| error.within(format!("disk {name}")))?;
+            let mut view = self.0.view();
+            if let Some(slot) = view.disks.iter_mut().find(|slot| slot.known.id == disk.id) {
+                slot.at = Attachment::Here(disk, record);
+            }
+        }
+        self.disk(name)
     }
 
     /// Forgets a disk that nothing on this node depends on. Its files stay, unless it is empty.
@@ -291,6 +318,10 @@ fn disk_users(view: &View, slot: &Slot) -> Vec<String> {
         on_it.map(|replica| format!("replica {} on it", replica.record.name)).collect();
     let away = view.away().into_iter().filter(|(_, reference)| reference.disk == id);
     users.extend(away.map(|(_, reference)| format!("replica {} on it", reference.name)));
+    let moving = view.replicas.values().filter(|found| found.record.moving_to == Some(id));
+    users.extend(
+        moving.map(|found| format!("replica {}, which may have moved to it", found.record.name)),
+    );
     for (digest, image) in &view.images {
         if !image.copies.iter().any(|copy| copy.disk == id) {
             continue;

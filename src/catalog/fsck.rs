@@ -15,9 +15,11 @@ use uuid::Uuid;
 use super::{
     claims::{Mode, Object},
     disk::Disk,
+    moves::{Settlement, may_be_elsewhere, unsettled},
     name::{Digest, Name},
     node::Node,
-    record::{self, FORMAT, RefRecord},
+    record::{self, RefRecord},
+    replica::reference_to,
     report::base_missing,
     scan::{self, Contents, Finding, Mend, Spot},
     status::{FsckReport, Problem, UserState},
@@ -66,7 +68,7 @@ impl Node {
                 }),
             }
         }
-        findings.extend(twice.findings());
+        findings.extend(twice.findings(&self.0.view()));
         findings.extend(judge(&self.0.view()));
         let mut mended_any = false;
         for finding in findings {
@@ -78,7 +80,7 @@ impl Node {
                 mended: false,
             };
             if let (Repair::Mend, Some(mend)) = (repair, &finding.mend) {
-                match apply(&disks, mend) {
+                match self.apply(&disks, mend) {
                     Ok(()) => problem.mended = true,
                     Err(error) => problem.remedy += &format!(" (tried, and failed: {error})"),
                 }
@@ -95,6 +97,13 @@ impl Node {
         }
         Ok(report)
     }
+
+    fn apply(&self, disks: &[(Name, Arc<Disk>)], mend: &Mend) -> Result<()> {
+        match mend {
+            Mend::Settle(settlement) => self.settle(settlement),
+            other => apply(disks, other),
+        }
+    }
 }
 
 /// Ids of replicas, to find those that two disks hold.
@@ -108,11 +117,15 @@ impl Twice {
         }
     }
 
-    fn findings(self) -> impl Iterator<Item = Finding> {
-        self.0.into_iter().filter(|(_, disks)| disks.len() > 1).map(|(id, disks)| Finding {
+    /// But for those that a move has left: of them `judge_moves` tells.
+    fn findings(self, view: &View) -> impl Iterator<Item = Finding> {
+        let moving: Vec<Uuid> = unsettled(view).iter().map(Settlement::id).collect();
+        let twice =
+            self.0.into_iter().filter(move |(id, disks)| disks.len() > 1 && !moving.contains(id));
+        twice.map(|(id, disks)| Finding {
             object: format!("replica {id}"),
             what: format!("it is on disks {} and {}", disks[0], disks[1]),
-            remedy: "move one of the two directories away".to_owned(),
+            remedy: "the one of the higher epoch counts; move the other directory away".to_owned(),
             mend: None,
         })
     }
@@ -123,8 +136,42 @@ fn judge(view: &View) -> Vec<Finding> {
     let mut findings = Vec::new();
     judge_references(view, &mut findings);
     judge_replicas(view, &mut findings);
+    judge_moves(view, &mut findings);
     judge_image_names(view, &mut findings);
     findings
+}
+
+/// Moves that were interrupted.
+fn judge_moves(view: &View, findings: &mut Vec<Finding>) {
+    for settlement in unsettled(view) {
+        let id = settlement.id();
+        let name = view.replicas.get(&id).map(|found| found.record.name.to_string());
+        let (what, remedy) = match settlement {
+            Settlement::Finish { .. } => {
+                ("it has moved, and its former directory is there", "remove it")
+            }
+            Settlement::Revert { .. } => {
+                ("a move of it was interrupted before it had happened", "take the mark away")
+            }
+        };
+        findings.push(Finding {
+            object: format!("replica {}", name.unwrap_or_else(|| id.to_string())),
+            what: what.to_owned(),
+            remedy: remedy.to_owned(),
+            mend: Some(Mend::Settle(settlement)),
+        });
+    }
+    let open: Vec<Uuid> = unsettled(view).iter().map(Settlement::id).collect();
+    for (id, found) in view.replicas.iter().filter(|(id, _)| !open.contains(id)) {
+        if let Some(why) = may_be_elsewhere(view, found) {
+            findings.push(Finding {
+                object: format!("replica {} ({id})", found.record.name),
+                what: why,
+                remedy: "bring that disk back, or settle it".to_owned(),
+                mend: None,
+            });
+        }
+    }
 }
 
 /// References whose replica isn't there, or that can't be read.
@@ -142,6 +189,12 @@ fn judge_references(view: &View, findings: &mut Vec<Finding>) {
                         remedy: "remove it".to_owned(),
                         mend: Some(Mend::DropReference(spot)),
                     }),
+                    UserState::Present if is_flat(view, *id) => findings.push(Finding {
+                        object,
+                        what: "the replica stands on no image any more".to_owned(),
+                        remedy: "remove it".to_owned(),
+                        mend: Some(Mend::DropReference(spot)),
+                    }),
                     UserState::Present if stands_elsewhere(view, *id, *digest) => {
                         findings.push(Finding {
                             object,
@@ -153,7 +206,7 @@ fn judge_references(view: &View, findings: &mut Vec<Finding>) {
                     }
                     UserState::Present if reference.damaged => {
                         let replica = view.replicas.get(id);
-                        let record = replica.and_then(|replica| new_reference(view, replica));
+                        let record = replica.and_then(|replica| reference_to(view, replica));
                         findings.push(Finding {
                             object,
                             what: "it can't be read, and its replica is there".to_owned(),
@@ -184,28 +237,30 @@ fn judge_replicas(view: &View, findings: &mut Vec<Finding>) {
     for (id, replica) in &view.replicas {
         let record = &replica.record;
         let object = format!("replica {}", record.name);
-        match view.images.get(&record.image.digest) {
-            None => findings.push(Finding {
+        let image = record.image.as_ref().map(|base| (base, view.images.get(&base.digest)));
+        match image {
+            None => {}
+            Some((base, None)) => findings.push(Finding {
                 object: object.clone(),
-                what: base_missing(view, record),
+                what: base_missing(view, base),
                 remedy: "nothing is lost: it is ready again once the image is there".to_owned(),
                 mend: None,
             }),
-            Some(image) if !image.refs().contains_key(id) => {
+            Some((base, Some(image))) if !image.refs().contains_key(id) => {
                 let copy = image.ready().or(image.copies.first());
-                let reference = new_reference(view, replica);
+                let reference = reference_to(view, replica);
                 let mend = copy.zip(reference).map(|(copy, reference)| {
-                    let spot = Spot::reference(copy.disk, record.image.digest, *id);
+                    let spot = Spot::reference(copy.disk, base.digest, *id);
                     Mend::AddReference(spot, Box::new(reference))
                 });
                 findings.push(Finding {
                     object: object.clone(),
-                    what: format!("its image {} has no reference of it", record.image.name),
+                    what: format!("its image {} has no reference of it", base.name),
                     remedy: "write the reference".to_owned(),
                     mend,
                 });
             }
-            Some(_) => {}
+            Some((_, Some(_))) => {}
         }
         if view.replica_named(&record.name) != Some(*id) {
             findings.push(Finding {
@@ -237,26 +292,24 @@ fn judge_image_names(view: &View, findings: &mut Vec<Finding>) {
 }
 
 fn stands_elsewhere(view: &View, id: Uuid, digest: Digest) -> bool {
-    view.replicas.get(&id).is_some_and(|replica| replica.record.image.digest != digest)
+    view.replicas.get(&id).is_some_and(|replica| replica.record.digest() != Some(digest))
 }
 
-fn new_reference(view: &View, replica: &Replica) -> Option<RefRecord> {
-    Some(RefRecord {
-        format: FORMAT,
-        replica: replica.record.id,
-        name: replica.record.name.clone(),
-        disk: replica.disk,
-        disk_name: view.disk_name(replica.disk)?.clone(),
-        size: replica.record.size,
-        created: replica.record.created,
-    })
+/// Whether the replica surely needs no image: it may be elsewhere, and need one there.
+fn is_flat(view: &View, id: Uuid) -> bool {
+    let flat = |replica: &Replica| replica.record.image.is_none();
+    let settled = |replica: &Replica| replica.record.moving_to.is_none();
+    view.replicas.get(&id).is_some_and(|replica| flat(replica) && settled(replica))
 }
 
 fn apply(disks: &[(Name, Arc<Disk>)], mend: &Mend) -> Result<()> {
     let (Mend::Leftover(spot)
     | Mend::Mode(spot, _)
     | Mend::DropReference(spot)
-    | Mend::AddReference(spot, _)) = mend;
+    | Mend::AddReference(spot, _)) = mend
+    else {
+        return Err(Error::new(Kind::Invalid, "a move is not settled in one place"));
+    };
     let disk = disks.iter().find(|(_, disk)| disk.id == spot.disk);
     let (_, disk) = disk.ok_or_else(|| Error::new(Kind::Unavailable, "its disk is gone"))?;
     let name = &spot.name;
@@ -277,5 +330,6 @@ fn apply(disks: &[(Name, Arc<Disk>)], mend: &Mend) -> Result<()> {
             let name = name.to_str().ok_or_else(|| Error::new(Kind::Invalid, "a name"))?;
             record::write(&refs, name, record.as_ref())
         }
+        Mend::Settle(_) => Ok(()),
     }
 }

@@ -209,7 +209,7 @@ impl Node {
     }
 
     /// Removes one copy: out of sight durably, then its files.
-    fn remove_copy(&self, disk: &Disk, digest: Digest) -> Result<()> {
+    pub(crate) fn remove_copy(&self, disk: &Disk, digest: Digest) -> Result<()> {
         let doomed = format!("{DELETING}{}", Uuid::new_v4());
         self.0.view().live.insert(doomed.clone().into());
         let renamed = disk.images.rename(digest.to_string(), &doomed).map(|()| {
@@ -252,11 +252,21 @@ impl Node {
         digest: Digest,
         change: impl FnOnce(&mut Vec<Name>),
     ) -> Result<()> {
+        self.change_record(disk, digest, |record| change(&mut record.names))
+    }
+
+    /// Changes a copy's record, if that makes a difference.
+    pub(crate) fn change_record(
+        &self,
+        disk: &Disk,
+        digest: Digest,
+        change: impl FnOnce(&mut ImageRecord),
+    ) -> Result<()> {
         let dir = disk.copy(digest)?;
         let mut record: ImageRecord = record::read(&dir, IMAGE_JSON)?;
-        let before = record.names.clone();
-        change(&mut record.names);
-        if record.names == before {
+        let before = (record.names.clone(), record.copies);
+        change(&mut record);
+        if (&record.names, record.copies) == (&before.0, before.1) {
             return Ok(());
         }
         if record.names.len() > NAMES_MAX {

@@ -6,6 +6,7 @@
 //! stage.rs     a copy that is being made, and its publication
 //! image.rs     images: looking them up, opening and removing them
 //! replica.rs   replicas: making, opening and removing them
+//! moves.rs     replicas that move to another disk
 //! cache.rs     caches of promoted chunks: making, finding and removing them
 //! profile.rs   what was read of images, and what stays in caches
 //! fsck.rs      what is inconsistent, and mending it
@@ -33,12 +34,14 @@
 mod attachment;
 mod cache;
 mod claims;
+mod copies;
 mod dir;
 mod disk;
 mod disks;
 mod fsck;
 mod image;
 mod media;
+mod moves;
 mod name;
 mod node;
 mod profile;
@@ -58,11 +61,13 @@ mod tests;
 
 pub use attachment::{Attachment, Target, Via};
 pub use cache::{CacheShape, OpenCache};
+pub use copies::COPIES_MAX;
 pub use disk::HOME;
 pub use disks::{DiskOptions, Forgotten, Placement};
 pub use fsck::Repair;
 pub use image::{Incarnation, OpenCopy, Unnamed};
 pub use media::Tier;
+pub use moves::{Leftover, StagedReplica};
 pub use name::{Digest, NAME_MAX, Name};
 pub use node::Node;
 pub use profile::{Pin, Profile};

@@ -126,6 +126,7 @@ impl Node {
             });
             self.0.settle(known, opened);
         }
+        self.settle_moves();
     }
 }
 

@@ -47,6 +47,9 @@ pub(crate) struct DiskRecord {
     /// What promoted chunks may take, in bytes; only if somebody set it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub cache: Option<u64>,
+    /// It takes nothing new: what is on it is to leave.
+    #[serde(default, skip_serializing_if = "is_default")]
+    pub draining: bool,
     pub created: u64,
 }
 
@@ -62,6 +65,9 @@ pub(crate) struct ImageRecord {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub source_sha256: Option<Digest>,
     pub created: u64,
+    /// How many copies are wanted, if somebody said.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub copies: Option<u32>,
 }
 
 /// `images/<digest>/refs/<replica-id>.json`: a replica stands on this copy.
@@ -87,8 +93,27 @@ pub(crate) struct ReplicaRecord {
     pub id: Uuid,
     pub name: Name,
     pub size: u64,
-    pub image: Base,
+    /// What it stands on; nothing, if it needs no image.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub image: Option<Base>,
+    /// Grows with each move: of two directories of one replica the higher counts.
+    #[serde(default, skip_serializing_if = "is_default")]
+    pub epoch: u64,
+    /// A disk on which the replica may be, if it has moved.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub moving_to: Option<Uuid>,
     pub created: u64,
+}
+
+impl ReplicaRecord {
+    /// The image that it stands on.
+    pub(crate) fn digest(&self) -> Option<Digest> {
+        self.image.as_ref().map(|image| image.digest)
+    }
+}
+
+fn is_default<T: Default + PartialEq>(value: &T) -> bool {
+    *value == T::default()
 }
 
 /// What a replica remembers of its image, to say what it lacks when the image isn't there.
@@ -189,13 +214,15 @@ mod tests {
             id: Uuid::from_u128(7),
             name: "vm1".parse().unwrap(),
             size: 1 << 30,
-            image: Base {
+            image: Some(Base {
                 digest: Digest([3; 32]),
                 size: 1 << 30,
                 name: "debian".parse().unwrap(),
                 disk: Uuid::from_u128(9),
                 disk_name: "a".parse().unwrap(),
-            },
+            }),
+            epoch: 0,
+            moving_to: None,
             created: 1_700_000_000,
         }
     }

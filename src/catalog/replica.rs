@@ -19,11 +19,12 @@ use super::{
     dir::{Dir, TEMP_PREFIX, sync_together},
     disk::{DATA, Disk, MAP, REFS, REPLICA_JSON},
     image::no_copy,
+    moves::{check_settled, check_target},
     name::{Digest, Name},
     node::Node,
     record::{self, Base, FORMAT, RefRecord, ReplicaRecord},
     scan::{DELETING, Reference, STAGING, ref_file},
-    status::ReplicaStatus,
+    status::{CopyState, ReplicaStatus},
     view::{Image, Replica, View},
 };
 use crate::{
@@ -68,8 +69,8 @@ pub struct OpenReplica {
     pub name: Name,
     /// Its disk.
     pub disk: Name,
-    /// The image that it stands on.
-    pub digest: Digest,
+    /// The image that it stands on, unless it needs none.
+    pub digest: Option<Digest>,
     /// The size in its record; the overlay's own is the one that counts.
     pub size: u64,
     dir: Dir,
@@ -99,8 +100,10 @@ impl OpenReplica {
 
 /// All that making a replica needs, found out at once.
 struct Plan {
+    digest: Digest,
     disk: Arc<Disk>,
-    copy: Arc<Disk>,
+    /// The disks with copies of the image.
+    copies: Vec<Arc<Disk>>,
     reference: RefRecord,
     record: ReplicaRecord,
 }
@@ -112,6 +115,16 @@ impl Node {
         new: NewReplica,
         map: impl FnOnce(Uuid, u64) -> Vec<u8>,
     ) -> Result<ReplicaStatus> {
+        self.create_filled(new, map, |_| Ok(()))
+    }
+
+    /// Makes a replica that `fill` fills, durably, before anybody sees it.
+    pub fn create_filled(
+        &self,
+        new: NewReplica,
+        map: impl FnOnce(Uuid, u64) -> Vec<u8>,
+        fill: impl FnOnce(OpenReplica) -> Result<()>,
+    ) -> Result<ReplicaStatus> {
         new.name.for_new()?;
         let within = |error: Error| error.within(format!("replica {}", new.name));
         let id = Uuid::new_v4();
@@ -121,17 +134,16 @@ impl Node {
                 (Object::Catalogue, Mode::Shared),
                 (Object::ReplicaName(new.name.clone()), Mode::Alone),
                 (Object::Replica(id), Mode::Alone),
-                (Object::Image(plan.record.image.digest), Mode::Shared),
+                (Object::Image(plan.digest), Mode::Shared),
                 (Object::Disk(plan.disk.id), Mode::Shared),
-                (Object::Disk(plan.copy.id), Mode::Shared),
             ];
-            Ok((wants, plan))
+            let copies = plan.copies.iter().map(|copy| (Object::Disk(copy.id), Mode::Shared));
+            Ok((wants.into_iter().chain(copies).collect(), plan))
         })?;
         let made = plan
             .disk
             .check_writable()
-            .and_then(|()| plan.copy.check_writable())
-            .and_then(|()| self.make(&plan, &map(id, plan.record.size)));
+            .and_then(|()| self.make(&plan, &map(id, plan.record.size), fill));
         made.map_err(|error| match error.kind() {
             Kind::NoSpace => within(error.within("a disk is full: free some space on it")),
             _ => within(error),
@@ -139,19 +151,34 @@ impl Node {
         self.replica_by_id(id)
     }
 
-    fn make(&self, plan: &Plan, map: &[u8]) -> Result<()> {
-        let Plan { disk, copy, reference, record } = plan;
-        let digest = record.image.digest;
+    fn make(
+        &self,
+        plan: &Plan,
+        map: &[u8],
+        fill: impl FnOnce(OpenReplica) -> Result<()>,
+    ) -> Result<()> {
+        let Plan { digest, disk, copies, reference, record } = plan;
+        let digest = *digest;
         let replicas = &disk.replicas;
         let staging = OsString::from(format!("{STAGING}{}", record.id));
-        let built = copy.copy(digest).and_then(|copy| copy.ensure(REFS)).and_then(|refs| {
-            build(replicas, &staging, record, map, &refs, reference)?;
+        let (sound, refs) = writable(copies, digest)?;
+        let built = build(replicas, &staging, record, map, &refs, reference).and_then(|()| {
+            fill(OpenReplica {
+                id: record.id,
+                name: record.name.clone(),
+                disk: reference.disk_name.clone(),
+                digest: Some(digest),
+                size: record.size,
+                dir: replicas.open(&staging)?,
+            })?;
             replicas.rename(&staging, record.id.to_string())
         });
         if let Err(error) = built {
-            // Nothing is visible yet: take back what was made, the reference last.
-            let undone = replicas.remove_tree(&staging);
-            let undone = undone.and_then(|()| drop_reference(copy, digest, record.id));
+            // Nothing is visible yet: take back what was made, the references last.
+            let mut undone = replicas.remove_tree(&staging);
+            for copy in &sound {
+                undone = undone.and_then(|()| drop_reference(copy, digest, record.id));
+            }
             if let Err(left) = undone {
                 tracing::warn!(%left, "the rest of a replica stays until fsck");
             }
@@ -160,9 +187,11 @@ impl Node {
         // From here on it is there. Should the sync fail, it is known and the error is told.
         {
             let mut view = self.0.view();
-            if let Some(copy) = view.copies_mut(digest).find(|found| found.disk == copy.id) {
-                let reference = Reference { record: reference.clone(), damaged: false };
-                copy.found.refs.insert(record.id, reference);
+            for copy in view.copies_mut(digest) {
+                if sound.iter().any(|disk| disk.id == copy.disk) {
+                    let reference = Reference { record: reference.clone(), damaged: false };
+                    copy.found.refs.insert(record.id, reference);
+                }
             }
             view.put_replica(Replica { disk: disk.id, record: record.clone(), fault: None });
         }
@@ -177,6 +206,7 @@ impl Node {
             let what = format!("replica {name}: {fault}: bring it back from a backup");
             return Err(Error::new(Kind::Corrupt, what));
         }
+        check_settled(&view, replica)?;
         let Some(slot) = view.slot(replica.disk) else { return Err(unplaced(name)) };
         let disk = slot.usable()?.clone();
         let record = replica.record.clone();
@@ -185,8 +215,9 @@ impl Node {
         let within = |error: Error| error.within(format!("replica {name}"));
         disk.check_writable().map_err(within)?;
         let dir = disk.replica(id).map_err(within)?;
-        let ReplicaRecord { name, size, image, .. } = record;
-        Ok(OpenReplica { id, name, disk: disk_name, digest: image.digest, size, dir })
+        let digest = record.digest();
+        let ReplicaRecord { name, size, .. } = record;
+        Ok(OpenReplica { id, name, disk: disk_name, digest, size, dir })
     }
 
     /// Removes a replica and then its reference. Nobody may have it open.
@@ -196,23 +227,32 @@ impl Node {
         let (_claimed, (id, digest, disk, copies)) = self.0.claim(what, |view| {
             let (id, digest, disk) = match view.replica(name) {
                 Ok((id, replica)) => {
+                    check_settled(view, replica)?;
+                    if view.spares.iter().any(|spare| spare.record.id == id) {
+                        let what = format!(
+                            "replica {name}: it is on two disks: `underlay fsck --repair` removes \
+                             what a move has left, or tells what to do"
+                        );
+                        return Err(Error::new(Kind::InUse, what));
+                    }
                     let slot = view.slot(replica.disk).ok_or_else(|| unplaced(name))?;
-                    (id, replica.record.image.digest, Some(slot.usable()?.clone()))
+                    (id, replica.record.digest(), Some(slot.usable()?.clone()))
                 }
                 Err(error) => match away(view, name) {
-                    Some((digest, reference)) => (reference.replica, digest, None),
+                    Some((digest, reference)) => (reference.replica, Some(digest), None),
                     None => return Err(error),
                 },
             };
-            let copies = view.images.get(&digest).map_or(&[][..], |image| &image.copies);
+            let image = digest.and_then(|digest| view.images.get(&digest));
+            let copies = image.map_or(&[][..], |image| &image.copies);
             let with = copies.iter().filter(|copy| copy.found.refs.contains_key(&id));
             let copies: Vec<Arc<Disk>> = with.filter_map(|c| view.here(c.disk).cloned()).collect();
             let mut wants: Vec<Want> = vec![
                 (Object::Catalogue, Mode::Shared),
                 (Object::ReplicaName(name.clone()), Mode::Alone),
                 (Object::Replica(id), Mode::Alone),
-                (Object::Image(digest), Mode::Shared),
             ];
+            wants.extend(digest.map(|digest| (Object::Image(digest), Mode::Shared)));
             let disks = disk.iter().chain(&copies);
             wants.extend(disks.map(|disk| (Object::Disk(disk.id), Mode::Shared)));
             Ok((wants, (id, digest, disk, copies)))
@@ -222,7 +262,7 @@ impl Node {
             self.take_away(disk, id).map_err(within)?;
         }
         let mut outcome = if disk.is_some() { Removed::Whole } else { Removed::ReferenceOnly };
-        for copy in &copies {
+        for (copy, digest) in copies.iter().zip(digest.into_iter().cycle()) {
             match drop_reference(copy, digest, id) {
                 Ok(()) => {
                     let mut view = self.0.view();
@@ -267,15 +307,71 @@ impl Node {
         if record.size == size {
             return Ok(());
         }
-        let record = ReplicaRecord { size, ..record };
-        disk.replica(record.id)
-            .and_then(|dir| record::write(&dir, REPLICA_JSON, &record))
-            .map_err(|error| error.within(format!("replica {name}")))?;
-        if let Some(replica) = self.0.view().replicas.get_mut(&record.id) {
-            replica.record = record;
-        }
-        Ok(())
+        self.write_record(&disk, ReplicaRecord { size, ..record })
+            .map_err(|error| error.within(format!("replica {name}")))
     }
+
+    /// Records that a replica needs no image any more: all that it took from it is durably its own.
+    /// Whether its references are gone, too; else `fsck` removes them.
+    pub fn flatten_replica(&self, name: &Name) -> Result<Removed> {
+        let within = |error: Error| error.within(format!("replica {name}"));
+        let (_claimed, (disk, record, digest, copies)) =
+            self.0.claim(format!("replica {name}"), |view| {
+                let (id, replica) = view.replica(name)?;
+                check_settled(view, replica)?;
+                let slot = view.slot(replica.disk).ok_or_else(|| unplaced(name))?;
+                let Some(digest) = replica.record.digest() else { return Err(is_flat(name)) };
+                let image = view.images.get(&digest);
+                let copies = image.iter().flat_map(|image| &image.copies);
+                let copies: Vec<_> = copies.filter_map(|c| view.here(c.disk).cloned()).collect();
+                let mut wants: Vec<Want> = vec![
+                    (Object::Catalogue, Mode::Shared),
+                    (Object::Replica(id), Mode::Alone),
+                    (Object::Image(digest), Mode::Shared),
+                    (Object::Disk(replica.disk), Mode::Shared),
+                ];
+                wants.extend(copies.iter().map(|disk| (Object::Disk(disk.id), Mode::Shared)));
+                let disk = slot.usable()?.clone();
+                Ok((wants, (disk, replica.record.clone(), digest, copies)))
+            })?;
+        let id = record.id;
+        self.write_record(&disk, ReplicaRecord { image: None, ..record }).map_err(within)?;
+        let mut outcome = Removed::Whole;
+        for copy in &copies {
+            match drop_reference(copy, digest, id) {
+                Ok(()) => {
+                    let mut view = self.0.view();
+                    if let Some(copy) = view.copies_mut(digest).find(|found| found.disk == copy.id)
+                    {
+                        copy.found.refs.remove(&id);
+                    }
+                }
+                Err(error) => {
+                    tracing::warn!(replica = %name, %error, "its reference stays until fsck");
+                    outcome = Removed::ReferenceLeft;
+                }
+            }
+        }
+        Ok(outcome)
+    }
+}
+
+/// The error for a replica that has no image to be freed of.
+pub(crate) fn is_flat(name: &Name) -> Error {
+    Error::new(Kind::Exists, format!("replica {name}: it stands on no image already"))
+}
+
+/// The reference of a replica where it is now.
+pub(crate) fn reference_to(view: &View, replica: &Replica) -> Option<RefRecord> {
+    Some(RefRecord {
+        format: FORMAT,
+        replica: replica.record.id,
+        name: replica.record.name.clone(),
+        disk: replica.disk,
+        disk_name: view.disk_name(replica.disk)?.clone(),
+        size: replica.record.size,
+        created: replica.record.created,
+    })
 }
 
 /// The reference, by that name or id, to a replica whose disk isn't there.
@@ -286,7 +382,7 @@ pub(crate) fn away<'a>(view: &'a View, name: &Name) -> Option<(Digest, &'a RefRe
 }
 
 /// Removes a reference beside a copy, durably.
-fn drop_reference(disk: &Disk, digest: Digest, id: Uuid) -> Result<()> {
+pub(crate) fn drop_reference(disk: &Disk, digest: Digest, id: Uuid) -> Result<()> {
     let refs = disk.refs(digest)?;
     let file = ref_file(id);
     refs.unlink_if_there(format!("{TEMP_PREFIX}{file}"))?;
@@ -294,39 +390,71 @@ fn drop_reference(disk: &Disk, digest: Digest, id: Uuid) -> Result<()> {
     refs.sync()
 }
 
-/// Makes the reference durable, and builds the replica's directory under its staging name, durable
+/// The directories of references of those copies that can take one, and their disks; an error if there is
+/// none. A copy that lacks a reference gets it from the others once it can be written.
+fn writable(copies: &[Arc<Disk>], digest: Digest) -> Result<(Vec<Arc<Disk>>, Vec<Dir>)> {
+    let (mut disks, mut refs, mut failed) = (Vec::new(), Vec::new(), None);
+    for disk in copies {
+        let dir = disk.check_writable().and_then(|()| disk.copy(digest)?.ensure(REFS));
+        match dir {
+            Ok(dir) => {
+                refs.push(dir);
+                disks.push(disk.clone());
+            }
+            Err(error) => failed = Some(error),
+        }
+    }
+    match failed {
+        Some(error) if disks.is_empty() => Err(error),
+        Some(error) => {
+            tracing::warn!(image = %digest, %error, "a copy gets its reference later");
+            Ok((disks, refs))
+        }
+        None => Ok((disks, refs)),
+    }
+}
+
+/// Makes the references durable, and builds the replica's directory under its staging name, durable
 /// too. The syncs of both go together: what counts is that both are done when the replica appears.
 fn build(
     replicas: &Dir,
     staging: &OsString,
     record: &ReplicaRecord,
     map: &[u8],
-    refs: &Dir,
+    refs: &[Dir],
     reference: &RefRecord,
 ) -> Result<()> {
     let file = ref_file(record.id);
-    let temp = refs.write_temp(&file, &record::bytes(reference)?)?;
+    let mut temps = Vec::new();
+    for refs in refs {
+        temps.push((refs, refs.write_temp(&file, &record::bytes(reference)?)?));
+    }
     let dir = replicas.create(staging)?;
     dir.write_sparse(DATA, record.size)?;
     dir.write_new(MAP, map)?;
     dir.write_new(REPLICA_JSON, &record::bytes(record)?)?;
-    sync_together(&[
-        &|| refs.sync_file(&temp),
-        &|| dir.sync_file(DATA),
-        &|| dir.sync_file(MAP),
-        &|| dir.sync_file(REPLICA_JSON),
-    ])?;
-    refs.rename(&temp, &file)?;
-    sync_together(&[&|| refs.sync(), &|| dir.sync()])
+    let mut syncs: Vec<Box<dyn Fn() -> Result<()> + Sync + '_>> = Vec::new();
+    for (refs, temp) in &temps {
+        syncs.push(Box::new(move || refs.sync_file(temp)));
+    }
+    for file in [DATA, MAP, REPLICA_JSON] {
+        let dir = &dir;
+        syncs.push(Box::new(move || dir.sync_file(file)));
+    }
+    sync_together(&syncs.iter().map(|sync| &**sync).collect::<Vec<_>>())?;
+    for (refs, temp) in &temps {
+        refs.rename(temp, &file)?;
+    }
+    let mut syncs: Vec<Box<dyn Fn() -> Result<()> + Sync + '_>> = vec![Box::new(|| dir.sync())];
+    for refs in refs {
+        syncs.push(Box::new(move || refs.sync()));
+    }
+    sync_together(&syncs.iter().map(|sync| &**sync).collect::<Vec<_>>())
 }
 
 fn plan(view: &View, new: &NewReplica, id: Uuid) -> Result<Plan> {
     let slot = view.disk(&new.disk)?;
-    let disk = slot.usable()?.clone();
-    if slot.is_pool() {
-        let what = format!("disk {} is a pool disk: it holds images only", new.disk);
-        return Err(Error::new(Kind::Invalid, what));
-    }
+    let disk = check_target(slot)?;
     if view.replica_named(&new.name).is_some() {
         let what = "the name is taken: choose another, or remove that replica first";
         return Err(Error::new(Kind::Exists, what));
@@ -342,7 +470,8 @@ fn plan(view: &View, new: &NewReplica, id: Uuid) -> Result<Plan> {
     let Some(copy) = image.ready() else { return Err(no_copy(&new.image, image)) };
     let base = copy.found.record.size;
     let size = check_size(new.size, base)?;
-    let home = view.here(copy.disk).ok_or_else(|| no_copy(&new.image, image))?.clone();
+    let ready = image.copies.iter().filter(|copy| copy.state() == CopyState::Ready);
+    let copies: Vec<Arc<Disk>> = ready.filter_map(|copy| view.here(copy.disk).cloned()).collect();
     let reference = RefRecord {
         format: FORMAT,
         replica: id,
@@ -360,9 +489,17 @@ fn plan(view: &View, new: &NewReplica, id: Uuid) -> Result<Plan> {
         disk_name: view.disk_name(copy.disk).cloned().unwrap_or_else(Name::unknown),
     };
     let created = reference.created;
-    let record =
-        ReplicaRecord { format: FORMAT, id, name: new.name.clone(), size, image: base, created };
-    Ok(Plan { disk, copy: home, reference, record })
+    let record = ReplicaRecord {
+        format: FORMAT,
+        id,
+        name: new.name.clone(),
+        size,
+        image: Some(base),
+        epoch: 0,
+        moving_to: None,
+        created,
+    };
+    Ok(Plan { digest, disk, copies, reference, record })
 }
 
 /// What to remember an image by: its name rather than its digest.
@@ -387,6 +524,6 @@ fn check_size(asked: Option<u64>, base: u64) -> Result<u64> {
     Err(Error::new(Kind::Invalid, format!("a size of {size} bytes {wrong}: choose another")))
 }
 
-fn unplaced(name: &Name) -> Error {
+pub(crate) fn unplaced(name: &Name) -> Error {
     Error::new(Kind::Unavailable, format!("replica {name}: its disk is gone"))
 }

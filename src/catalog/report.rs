@@ -13,9 +13,10 @@ use uuid::Uuid;
 use super::{
     dir::{Space, allocated},
     disk::{DATA, Disk, IMAGES, MAP},
+    moves::may_be_elsewhere,
     name::{Digest, Name},
     node::Node,
-    record::{RefRecord, ReplicaRecord},
+    record::{Base, RefRecord, ReplicaRecord},
     replica,
     status::{
         CopyStatus, DiskState, DiskStatus, ImageStatus, NodeStatus, ReplicaState, ReplicaStatus,
@@ -147,7 +148,9 @@ pub(super) fn node_status(view: &View) -> NodeStatus {
     };
     let mut users: BTreeMap<Digest, BTreeSet<Uuid>> = BTreeMap::new();
     for replica in view.replicas.values() {
-        users.entry(replica.record.image.digest).or_default().insert(replica.disk);
+        if let Some(digest) = replica.record.digest() {
+            users.entry(digest).or_default().insert(replica.disk);
+        }
     }
     for (digest, image) in &view.images {
         let one = image.copies.iter().map(|copy| copy.found.stored).max().unwrap_or(0);
@@ -197,6 +200,7 @@ pub(super) fn disk_status(view: &View, slot: &Slot) -> DiskStatus {
         tier: None,
         cache_bytes: None,
         pool: slot.is_pool(),
+        draining: slot.is_draining(),
         state: DiskState::Present,
         reason: None,
         total_bytes: 0,
@@ -244,6 +248,7 @@ pub(super) fn image_status(view: &View, digest: Digest, image: &Image) -> ImageS
         size: oldest.map_or(0, |copy| copy.found.record.size),
         stored_bytes: image.copies.iter().map(|copy| copy.found.stored).sum(),
         copies: copies.collect(),
+        wanted_copies: image.wanted(),
         users: view.users(digest),
         created: oldest.map_or(0, |copy| copy.found.record.created),
         source: oldest.map_or(String::new(), |copy| copy.found.record.source.clone()),
@@ -253,11 +258,15 @@ pub(super) fn image_status(view: &View, digest: Digest, image: &Image) -> ImageS
 
 pub(super) fn replica_status(view: &View, replica: &Replica) -> ReplicaStatus {
     let ReplicaRecord { id, name, size, image: base, created, .. } = &replica.record;
-    let image = view.images.get(&base.digest);
-    let (state, mut reason) = match (&replica.fault, image.and_then(Image::ready)) {
-        (Some(fault), _) => (ReplicaState::Failed, Some(fault.clone())),
-        (None, Some(_)) => (ReplicaState::Ready, None),
-        (None, None) => (ReplicaState::BaseMissing, Some(base_missing(view, &replica.record))),
+    let image = base.as_ref().and_then(|base| view.images.get(&base.digest));
+    let elsewhere = may_be_elsewhere(view, replica);
+    let (state, mut reason) = match (elsewhere, &replica.fault, base) {
+        (Some(why), ..) => (ReplicaState::Unsettled, Some(why)),
+        (None, Some(fault), _) => (ReplicaState::Failed, Some(fault.clone())),
+        (None, None, Some(base)) if image.and_then(Image::ready).is_none() => {
+            (ReplicaState::BaseMissing, Some(base_missing(view, base)))
+        }
+        (None, None, _) => (ReplicaState::Ready, None),
     };
     if view.replica_named(name) != Some(*id) {
         let hidden = format!("another replica has its name: it is reached by its id {id}");
@@ -267,8 +276,9 @@ pub(super) fn replica_status(view: &View, replica: &Replica) -> ReplicaStatus {
         name: name.clone(),
         id: *id,
         disk: view.disk_name(replica.disk).cloned().unwrap_or_else(Name::unknown),
-        image: image.map_or_else(|| vec![base.name.clone()], Image::names),
-        digest: base.digest,
+        image: image
+            .map_or_else(|| base.iter().map(|base| base.name.clone()).collect(), Image::names),
+        digest: replica.record.digest(),
         size: *size,
         stored_bytes: 0,
         state,
@@ -285,7 +295,7 @@ pub(super) fn away_status(view: &View, digest: Digest, reference: &RefRecord) ->
         reason: Some(format!("its disk {disk} isn't there: bring it back")),
         disk,
         image: view.images.get(&digest).map(Image::names).unwrap_or_default(),
-        digest,
+        digest: Some(digest),
         size: reference.size,
         stored_bytes: 0,
         state: ReplicaState::DiskMissing,
@@ -294,8 +304,7 @@ pub(super) fn away_status(view: &View, digest: Digest, reference: &RefRecord) ->
 }
 
 /// Why a replica has no base, and what to do.
-pub(crate) fn base_missing(view: &View, record: &ReplicaRecord) -> String {
-    let base = &record.image;
+pub(crate) fn base_missing(view: &View, base: &Base) -> String {
     if view.images.contains_key(&base.digest) {
         return format!("no copy of its image {} serves: import it again", base.name);
     }

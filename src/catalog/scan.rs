@@ -23,6 +23,7 @@ use super::{
         CACHE, CHUNKS, DATA, DISK_JSON, Disk, IMAGE_JSON, IMAGES, LOCK, MAP, REFS, REPLICA_JSON,
         REPLICAS,
     },
+    moves::Settlement,
     name::{Digest, Name, parse_id},
     record::{self, ImageRecord, RefRecord, ReplicaRecord},
 };
@@ -100,6 +101,8 @@ pub(crate) enum Mend {
     DropReference(Spot),
     /// Write the reference that a replica lacks.
     AddReference(Spot, Box<RefRecord>),
+    /// End a move that was interrupted; this is done at every start, too.
+    Settle(Settlement),
 }
 
 /// A name in a directory of a disk.

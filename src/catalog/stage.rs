@@ -66,15 +66,31 @@ impl Node {
     /// Begins a copy on `disk`, or on the disk that suits best: a pool disk before others, then
     /// the one with the most free space; never one with less than `need_bytes`.
     pub fn stage_copy(&self, disk: Option<&Name>, need_bytes: u64) -> Result<StagedCopy> {
+        self.stage_where(disk, need_bytes, &|_| true)
+    }
+
+    /// The same, among the disks that `suits`.
+    pub(crate) fn stage_where(
+        &self,
+        disk: Option<&Name>,
+        need_bytes: u64,
+        suits: &dyn Fn(&Disk) -> bool,
+    ) -> Result<StagedCopy> {
         let disks: Vec<(Arc<Disk>, Name, bool)> = {
             let view = self.0.view();
             match disk {
                 Some(name) => vec![candidate(view.disk(name)?)?],
-                None => view.disks.iter().filter_map(|slot| candidate(slot).ok()).collect(),
+                None => view
+                    .disks
+                    .iter()
+                    .filter_map(|slot| candidate(slot).ok())
+                    .filter(|(home, ..)| suits(home))
+                    .collect(),
             }
         };
         if disks.is_empty() {
-            let what = "no disk is there to hold an image: give one with `underlay disk add`";
+            let what = "no disk is there to hold an image, or one more copy of it: give one with \
+                        `underlay disk add`";
             return Err(Error::new(Kind::Unavailable, what));
         }
         let (disk, name) = choose(disks, need_bytes)?;
@@ -126,11 +142,23 @@ impl StagedCopy {
         &self.disk_name
     }
 
+    pub(crate) fn home(&self) -> &Arc<Disk> {
+        &self.disk
+    }
+
+    /// Makes it visible as one more copy of an image whose record and references these are. The caller has
+    /// claimed the image.
+    pub(crate) fn publish_beside(self, record: &ImageRecord, refs: &[RefRecord]) -> Result<()> {
+        let name = record.names.first().map_or_else(|| record.digest.to_string(), Name::to_string);
+        self.seal(&name, record.size)?;
+        self.appear(record, refs).map_err(|error| error.within(format!("image {name}")))
+    }
+
     /// Makes the copy visible under its name, or, if this content is there already, gives that
     /// image the name too and drops what was staged.
     pub fn publish(self, meta: ImageMeta) -> Result<ImageStatus> {
         meta.name.for_new()?;
-        self.seal(&meta)?;
+        self.seal(meta.name.as_str(), meta.size)?;
         let ImageMeta { name, digest, .. } = &meta;
         let node = Node(self.inner.clone());
         let (claimed, present) = self.inner.claim(format!("image {name}"), |view| {
@@ -149,21 +177,22 @@ impl StagedCopy {
         if present {
             node.add_image_name(*digest, name)?;
         } else {
-            self.appear(&meta).map_err(|error| error.within(format!("image {name}")))?;
+            let (record, refs) = self.inherit(&meta);
+            self.appear(&record, &refs).map_err(|error| error.within(format!("image {name}")))?;
         }
         drop(claimed);
         node.image_by_digest(*digest)
     }
 
     /// Checks what the importer made, and makes it durable.
-    fn seal(&self, meta: &ImageMeta) -> Result<()> {
-        for (file, size) in [(DATA, Some(meta.size)), (CHUNKS, None)] {
+    fn seal(&self, name: &str, size: u64) -> Result<()> {
+        for (file, size) in [(DATA, Some(size)), (CHUNKS, None)] {
             let stat = self.dir.stat(file)?.filter(|stat| kind_of(stat) == EntryKind::File);
             let right = |len: i64| size.is_none_or(|size| u64::try_from(len) == Ok(size));
             if !stat.is_some_and(|stat| right(stat.st_size)) {
                 return Err(Error::new(
                     Kind::Invalid,
-                    format!("image {}: the import left no whole `{file}` file", meta.name),
+                    format!("image {name}: the import left no whole `{file}` file"),
                 ));
             }
             self.dir.set_mode(file, SEALED_MODE)?;
@@ -173,21 +202,20 @@ impl StagedCopy {
     }
 
     /// Takes its place among the images of its disk.
-    fn appear(&self, meta: &ImageMeta) -> Result<()> {
+    fn appear(&self, record: &ImageRecord, refs: &[RefRecord]) -> Result<()> {
         let images = &self.disk.images;
-        let place = meta.digest.to_string();
+        let place = record.digest.to_string();
         let replaced = images.stat(&place)?.map(|_| images.open(&place)).transpose()?;
-        let (record, refs) = self.inherit(meta);
-        self.adopt(replaced.as_ref(), &refs)?;
+        self.adopt(replaced.as_ref(), refs)?;
         // Written by `replace`, whose last step makes all names in here durable.
-        record::write(&self.dir, IMAGE_JSON, &record)?;
+        record::write(&self.dir, IMAGE_JSON, record)?;
         match replaced {
             // What was staged now bears the damaged copy, and goes with it.
             Some(_) => images.exchange(&self.name, &place)?,
             None => images.rename(&self.name, &place)?,
         }
         // From here on it is there. Should the sync fail, it is known and the error is told.
-        let found = scan::copy(&self.disk, meta.digest)?.ok_or_else(|| {
+        let found = scan::copy(&self.disk, record.digest)?.ok_or_else(|| {
             Error::new(Kind::Corrupt, "its copy can't be read right after it was written")
         })?;
         {
@@ -209,6 +237,7 @@ impl StagedCopy {
             source: clip_source(&meta.source),
             source_sha256: meta.source_sha256,
             created: record::now(),
+            copies: None,
         };
         let view = self.inner.view();
         let Some(image) = view.images.get(&meta.digest) else { return (record, Vec::new()) };
@@ -216,6 +245,7 @@ impl StagedCopy {
         record.names.extend(others.take(NAMES_MAX - 1));
         let created = image.copies.iter().map(|copy| copy.found.record.created).min();
         record.created = created.unwrap_or(record.created);
+        record.copies = image.wanted();
         let refs = image.refs().into_values().filter(|reference| !reference.damaged);
         (record, refs.map(|reference| reference.record.clone()).collect())
     }
@@ -267,7 +297,7 @@ pub(crate) fn check_name(view: &View, name: &Name, digest: Digest) -> Result<()>
 }
 
 fn candidate(slot: &Slot) -> Result<(Arc<Disk>, Name, bool)> {
-    Ok((slot.usable()?.clone(), slot.known.name.clone(), slot.is_pool()))
+    Ok((slot.takes_new()?.clone(), slot.known.name.clone(), slot.is_pool()))
 }
 
 fn choose(disks: Vec<(Arc<Disk>, Name, bool)>, need: u64) -> Result<(Arc<Disk>, Name)> {

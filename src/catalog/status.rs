@@ -45,6 +45,8 @@ pub struct DiskStatus {
     pub tier: Option<Tier>,
     /// Images only, no replicas.
     pub pool: bool,
+    /// It takes nothing new: what is on it leaves.
+    pub draining: bool,
     /// What promoted chunks may take there, if somebody set it.
     pub cache_bytes: Option<u64>,
     /// Whether it serves.
@@ -104,6 +106,8 @@ pub struct ImageStatus {
     pub stored_bytes: u64,
     /// Where it is.
     pub copies: Vec<CopyStatus>,
+    /// How many copies are wanted, if somebody said; the node's default counts otherwise.
+    pub wanted_copies: Option<u32>,
     /// The replicas that stand on it.
     pub users: Vec<ImageUser>,
     /// When it was first published.
@@ -153,6 +157,8 @@ pub enum ReplicaState {
     DiskMissing,
     /// Its disk can't be written.
     ReadOnly,
+    /// It may be on another disk, to which a move was interrupted, and that isn't there.
+    Unsettled,
     /// Files of its are not there.
     Failed,
 }
@@ -167,10 +173,12 @@ pub struct ReplicaStatus {
     pub id: Uuid,
     /// Its disk's name.
     pub disk: Name,
-    /// Names of the image that it stands on; the one it was made from while the image isn't there.
+    /// Names of the image that it stands on; the one it was made from while the image isn't there;
+    /// none if it needs no image.
     pub image: Vec<Name>,
-    /// Digest of the image that it stands on.
-    pub digest: Digest,
+    /// Digest of the image that it stands on, unless it needs none.
+    #[schema(value_type = Option<String>)]
+    pub digest: Option<Digest>,
     /// The size that its guest sees.
     pub size: u64,
     /// Space that its overlay takes.

@@ -34,6 +34,8 @@ pub(crate) struct View {
     pub disks: Vec<Slot>,
     pub images: BTreeMap<Digest, Image>,
     pub replicas: BTreeMap<Uuid, Replica>,
+    /// Directories of replicas that are also on another disk, where they count.
+    pub spares: Vec<Replica>,
     pub claims: Claims,
     /// Staging directories that somebody is at work in.
     pub live: HashSet<OsString>,
@@ -92,11 +94,37 @@ impl Slot {
     pub(crate) fn usable(&self) -> Result<&Arc<Disk>> {
         match &self.at {
             Attachment::Here(disk, _) => Ok(disk),
-            Attachment::Away(absence) => Err(Error::new(
-                Kind::Unavailable,
-                format!("disk {} can't be used: {}", self.known.name, absence.reason),
-            )),
+            Attachment::Away(_) => Err(self.absent()),
         }
+    }
+
+    /// The error of a disk that isn't there.
+    pub(crate) fn absent(&self) -> Error {
+        let reason = match &self.at {
+            Attachment::Here(..) => "it isn't there",
+            Attachment::Away(absence) => &absence.reason,
+        };
+        let what = format!("disk {} can't be used: {reason}", self.known.name);
+        Error::new(Kind::Unavailable, what)
+    }
+
+    /// The disk, if something new may be put on it.
+    pub(crate) fn takes_new(&self) -> Result<&Arc<Disk>> {
+        let disk = self.usable()?;
+        if self.is_draining() {
+            let name = &self.known.name;
+            let what = format!(
+                "disk {name} is being drained and takes nothing new: choose another, or \
+                 `underlay disk undrain {name}`"
+            );
+            return Err(Error::new(Kind::Invalid, what));
+        }
+        Ok(disk)
+    }
+
+    /// Whether it takes nothing new.
+    pub(crate) fn is_draining(&self) -> bool {
+        matches!(&self.at, Attachment::Here(_, record) if record.draining)
     }
 
     /// Whether it takes images only.
@@ -122,6 +150,11 @@ impl Image {
             }
         }
         names
+    }
+
+    /// How many copies are wanted, if somebody said: the most that any copy knows of.
+    pub(crate) fn wanted(&self) -> Option<u32> {
+        self.copies.iter().filter_map(|copy| copy.found.record.copies).max()
     }
 
     /// A copy that serves, the first of them.
@@ -245,7 +278,7 @@ impl View {
                 users.insert(id, ImageUser { name: name.clone(), id, disk, state });
             }
         }
-        let standing = self.replicas.iter().filter(|(_, r)| r.record.image.digest == digest);
+        let standing = self.replicas.iter().filter(|(_, r)| r.record.digest() == Some(digest));
         for (id, replica) in standing {
             let name = replica.record.name.clone();
             let disk = self.disk_name(replica.disk).cloned().unwrap_or_else(Name::unknown);
@@ -263,16 +296,43 @@ impl View {
             self.put_copy(Copy { disk, found });
         }
         for ReplicaFound { record, fault } in contents.replicas {
-            // An id that is there twice: the first stays, fsck tells of the other.
-            self.replicas.entry(record.id).or_insert(Replica { disk, record, fault });
+            self.put_found(Replica { disk, record, fault });
         }
         self.damaged.extend(contents.damaged.into_iter().map(|id| (id, disk)));
+        self.promote_spares();
         self.index();
+    }
+
+    /// An id that is there twice: the higher epoch counts, the first of equals. What becomes of the
+    /// other is `moves`' business, or `fsck` tells of it.
+    fn put_found(&mut self, found: Replica) {
+        let id = found.record.id;
+        let spare = match self.replicas.get_mut(&id) {
+            None => self.replicas.insert(id, found),
+            Some(known) if found.record.epoch > known.record.epoch => {
+                Some(std::mem::replace(known, found))
+            }
+            Some(_) => Some(found),
+        };
+        self.spares.extend(spare);
+    }
+
+    /// Of replicas that were on two disks, and one has gone, the other counts.
+    fn promote_spares(&mut self) {
+        for spare in std::mem::take(&mut self.spares) {
+            self.put_found(spare);
+        }
+    }
+
+    /// Whether something of this id is on the disk that can't be understood.
+    pub(crate) fn is_damaged(&self, id: Uuid, disk: Uuid) -> bool {
+        self.damaged.get(&id) == Some(&disk)
     }
 
     /// Forgets what is on a disk.
     pub(crate) fn detach(&mut self, disk: Uuid) {
         self.forget(disk);
+        self.promote_spares();
         self.index();
     }
 
@@ -282,6 +342,7 @@ impl View {
         }
         self.images.retain(|_, image| !image.copies.is_empty());
         self.replicas.retain(|_, replica| replica.disk != disk);
+        self.spares.retain(|replica| replica.disk != disk);
         self.damaged.retain(|_, at| *at != disk);
     }
 

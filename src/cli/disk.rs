@@ -6,13 +6,13 @@ use clap::{Args, Subcommand, ValueEnum};
 
 use super::{
     Outcome, Setting,
-    out::{Side, Table, facts},
+    out::{Meter, Side, Table, facts},
     size,
 };
 use crate::{
     catalog::{DiskState, DiskStatus, Name, Tier},
     control::{
-        api::{AddDisk, Removed},
+        api::{AddDisk, Drain as DrainRequest, Drained, Removed},
         client::escape,
     },
     error::{Context, Result},
@@ -24,6 +24,8 @@ pub enum Disk {
     Add(Add),
     List(List),
     Inspect(Inspect),
+    Drain(Drain),
+    Undrain(Undrain),
     Remove(Remove),
 }
 
@@ -67,6 +69,33 @@ impl From<Speed> for Tier {
     }
 }
 
+/// Move every replica of a disk to other disks, while clients go on using them. From then on the disk
+/// takes nothing new. Interrupted, it goes on the next time with what is still there.
+#[derive(Debug, Args)]
+#[command(after_help = "Examples:\n  \
+    underlay disk drain a\n  \
+    underlay disk drain a --to b --to c --rate 50M")]
+pub struct Drain {
+    /// The disk's name.
+    #[arg(value_parser = super::name)]
+    name: Name,
+    /// A disk that may take what is on it; any otherwise. May be given several times.
+    #[arg(long, value_parser = super::name)]
+    to: Vec<Name>,
+    /// Bytes a second that are copied, at most, as 50M; 0 for no bound, 256M otherwise.
+    #[arg(long, value_name = "SIZE", value_parser = super::bytes)]
+    rate: Option<u64>,
+}
+
+/// Let a disk that was drained take new things again.
+#[derive(Debug, Args)]
+#[command(after_help = "Example:\n  underlay disk undrain a")]
+pub struct Undrain {
+    /// The disk's name.
+    #[arg(value_parser = super::name)]
+    name: Name,
+}
+
 /// List the disks, there or not.
 #[derive(Debug, Args)]
 #[command(visible_alias = "ls", after_help = "Example:\n  underlay disk list --json")]
@@ -83,7 +112,10 @@ pub struct Inspect {
 
 /// Forget a disk that nothing uses any more.
 #[derive(Debug, Args)]
-#[command(visible_alias = "rm", after_help = "Example:\n  underlay disk remove a")]
+#[command(
+    visible_aliases = ["rm", "forget"],
+    after_help = "Example:\n  underlay disk remove a"
+)]
 pub struct Remove {
     /// The disk's name.
     #[arg(value_parser = super::name)]
@@ -116,6 +148,30 @@ impl Disk {
             Disk::Inspect(Inspect { name }) => {
                 let disk: DiskStatus = client.get(&path_of(&name)).await?;
                 setting.show(&disk, details)?;
+            }
+            Disk::Drain(Drain { name, to, rate }) => {
+                let to = to.into_iter().map(String::from).collect();
+                let request = DrainRequest { to, rate_bytes: rate };
+                let path = format!("{}/drain", path_of(&name));
+                let mut meter = Meter::new();
+                let drained: Drained =
+                    client.post_streamed(&path, &request, |progress| meter.show(progress)).await?;
+                drop(meter);
+                setting.show(&drained, |it| {
+                    let mut text = String::new();
+                    for moved in &it.moved {
+                        text += &format!("replica {} is on disk {} now\n", moved.name, moved.disk);
+                    }
+                    for image in &it.copies {
+                        text += &format!("image {image} has its copies elsewhere now\n");
+                    }
+                    text + &format!("disk {} is drained and takes nothing new\n", it.disk.name)
+                })?;
+            }
+            Disk::Undrain(Undrain { name }) => {
+                let path = format!("{}/undrain", path_of(&name));
+                let disk: DiskStatus = client.post(&path, &()).await?;
+                setting.show(&disk, |it| format!("disk {} takes new things again\n", it.name))?;
             }
             Disk::Remove(Remove { name }) => {
                 let removed: Removed = client.delete(&path_of(&name)).await?;
@@ -192,7 +248,9 @@ fn state(disk: &DiskStatus) -> String {
         DiskState::Locked => "locked",
         DiskState::Failed => "failed",
     };
-    if disk.pool { format!("{state}, pool") } else { state.to_owned() }
+    let marks = [(disk.pool, ", pool"), (disk.draining, ", draining")];
+    let marks = marks.iter().filter(|(is, _)| *is).map(|(_, mark)| *mark);
+    state.to_owned() + &marks.collect::<String>()
 }
 
 fn tier(disk: &DiskStatus) -> &'static str {

@@ -14,14 +14,18 @@ use clap::{Args, Subcommand, ValueEnum};
 use tokio::sync::mpsc;
 
 use super::{
-    Outcome, Setting, out,
+    Outcome, Setting,
+    export::Target,
+    out,
     out::{Meter, Side, Table, facts},
     size,
 };
 use crate::{
-    catalog::{CopyState, Name, UserState},
+    catalog::{COPIES_MAX, CopyState, Name, UserState},
     control::{
-        api::{FileSource, ImageView, ImportImage, ImportSource, Removed, Verification},
+        api::{
+            FileSource, ImageView, ImportImage, ImportSource, MakeCopies, Removed, Verification,
+        },
         client::{Client, Upload, escape},
     },
     error::{Context, Error, Kind, Result},
@@ -39,7 +43,12 @@ pub enum Image {
     Import(Import),
     List(List),
     Inspect(Inspect),
+    Copies(Copies),
+    Copy(CopyTo),
+    Uncopy(Uncopy),
+    Set(Set),
     Verify(Verify),
+    Export(Export),
     Rm(Rm),
 }
 
@@ -67,6 +76,9 @@ pub struct Import {
     /// SHA-256 that the source must have, as it is given (packed, if it is).
     #[arg(long, value_name = "HEX", value_parser = sha256)]
     sha256: Option<String>,
+    /// How many copies are wanted, each on a disk that doesn't fail together with another's.
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=i64::from(COPIES_MAX)))]
+    copies: Option<u32>,
 }
 
 /// A format, as it is written on the command line.
@@ -92,6 +104,57 @@ pub struct Inspect {
     name: Name,
 }
 
+/// Show the copies of an image: where they are, whether they serve, who stands on them.
+#[derive(Debug, Args)]
+#[command(after_help = "Example:\n  underlay image copies debian-12")]
+pub struct Copies {
+    /// The image's name or digest.
+    #[arg(value_parser = super::name)]
+    name: Name,
+}
+
+/// Make one more copy of an image, while it is in use; from then on so many copies are kept.
+#[derive(Debug, Args)]
+#[command(after_help = "Example:\n  underlay image copy debian-12 --to nvme1")]
+pub struct CopyTo {
+    /// The image's name or digest.
+    #[arg(value_parser = super::name)]
+    name: Name,
+    /// The disk for it.
+    #[arg(long, value_parser = super::name)]
+    to: Name,
+    /// Also on a disk that fails together with one that has a copy.
+    #[arg(long)]
+    force: bool,
+}
+
+/// Give up the copy of an image on a disk. The last one is refused.
+#[derive(Debug, Args)]
+#[command(after_help = "Example:\n  underlay image uncopy debian-12 --from nvme1 --force")]
+pub struct Uncopy {
+    /// The image's name or digest.
+    #[arg(value_parser = super::name)]
+    name: Name,
+    /// The disk.
+    #[arg(long, value_parser = super::name)]
+    from: Name,
+    /// Also if fewer are left than are wanted: so many are wanted from then on.
+    #[arg(long)]
+    force: bool,
+}
+
+/// Set how many copies of an image are kept; those that are missing are made now.
+#[derive(Debug, Args)]
+#[command(after_help = "Example:\n  underlay image set debian-12 --copies 2")]
+pub struct Set {
+    /// The image's name or digest.
+    #[arg(value_parser = super::name)]
+    name: Name,
+    /// How many copies are wanted, each on a disk that doesn't fail together with another's.
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=i64::from(COPIES_MAX)))]
+    copies: u32,
+}
+
 /// Read every copy of an image whole, compare it with its checksums, and repair it from the others. Exit
 /// code 1 if a copy is damaged for good.
 #[derive(Debug, Args)]
@@ -105,6 +168,18 @@ pub struct Verify {
     /// All images, one after the other.
     #[arg(long, conflicts_with = "name")]
     all: bool,
+}
+
+/// Write the content of an image to a file.
+#[derive(Debug, Args)]
+#[command(after_help = "Example:\n  \
+    underlay image export debian-12 debian-12.qcow2 --format qcow2")]
+pub struct Export {
+    /// The image's name or digest.
+    #[arg(value_parser = super::name)]
+    name: Name,
+    #[command(flatten)]
+    target: Target,
 }
 
 /// Remove an image's name; with its last name, the image. Refused while replicas stand on it.
@@ -121,7 +196,11 @@ impl Image {
         let client = setting.client()?;
         match self {
             Image::Import(import) => {
-                let image = import.run(&client).await?;
+                let mut image = import.run(&client).await?;
+                if let Some(count) = import.copies {
+                    let wish = MakeCopies { copies: Some(count), ..MakeCopies::default() };
+                    image = make_copies(&client, &import.name, &wish).await?;
+                }
                 setting.show(&image, |image| {
                     format!(
                         "image {} is ready: {}, {} stored, digest {}\n",
@@ -139,6 +218,23 @@ impl Image {
             Image::Inspect(Inspect { name }) => {
                 let image: ImageView = client.get(&path_of(&name)).await?;
                 setting.show(&image, details)?;
+            }
+            Image::Copies(Copies { name }) => {
+                let image: ImageView = client.get(&path_of(&name)).await?;
+                setting.show(&image, copies)?;
+            }
+            Image::Copy(CopyTo { name, to, force }) => {
+                let wish = MakeCopies { copies: None, to: Some(to.to_string()), force };
+                setting.show(&make_copies(&client, &name, &wish).await?, copies)?;
+            }
+            Image::Set(Set { name, copies: count }) => {
+                let wish = MakeCopies { copies: Some(count), ..MakeCopies::default() };
+                setting.show(&make_copies(&client, &name, &wish).await?, copies)?;
+            }
+            Image::Uncopy(Uncopy { name, from, force }) => {
+                let path = format!("{}/copies/{from}?force={force}", path_of(&name));
+                let image: ImageView = client.delete(&path).await?;
+                setting.show(&image, copies)?;
             }
             Image::Verify(Verify { name, .. }) => {
                 let names = match name {
@@ -164,6 +260,9 @@ impl Image {
                 }
                 return Ok(if sound { Outcome::Well } else { Outcome::Amiss });
             }
+            Image::Export(Export { name, target }) => {
+                target.fetch(&client, &format!("{}/content", path_of(&name)), setting).await?;
+            }
             Image::Rm(Rm { name }) => {
                 let removed: Removed = client.delete(&path_of(&name)).await?;
                 setting.show(&removed, |it| super::removed("image", it))?;
@@ -171,6 +270,46 @@ impl Image {
         }
         Ok(Outcome::Well)
     }
+}
+
+async fn make_copies(client: &Client, name: &Name, wish: &MakeCopies) -> Result<ImageView> {
+    let mut meter = Meter::new();
+    let path = format!("{}/copies", path_of(name));
+    client.post_streamed(&path, wish, |progress| meter.show(progress)).await
+}
+
+fn copies(image: &ImageView) -> String {
+    let status = &image.status;
+    let mut table = Table::new(&[
+        ("DISK", Side::Left),
+        ("STATE", Side::Left),
+        ("STORED", Side::Right),
+        ("PATH", Side::Left),
+    ]);
+    for copy in &status.copies {
+        let state = match (copy.state, &copy.reason) {
+            (CopyState::Ready, _) => "ready".to_owned(),
+            (CopyState::Failed, Some(reason)) => format!("failed: {reason}"),
+            (CopyState::Failed, None) => "failed".to_owned(),
+        };
+        table.row([
+            copy.disk.to_string(),
+            state,
+            size::format(copy.stored_bytes),
+            copy.path.display().to_string(),
+        ]);
+    }
+    let wanted = match status.wanted_copies {
+        Some(count) => format!("{count} wanted"),
+        None => "as many wanted as the node's default says".to_owned(),
+    };
+    let users: Vec<_> =
+        status.users.iter().map(|user| format!("{} on {}", user.name, user.disk)).collect();
+    let stand = match users.as_slice() {
+        [] => "no replica stands on it".to_owned(),
+        users => format!("replicas: {}", users.join(", ")),
+    };
+    format!("{}{wanted}; {stand}\n", table.text("no copy is there"))
 }
 
 impl Import {
@@ -245,7 +384,9 @@ impl Import {
 }
 
 /// Reads on a thread of its own, a few pieces ahead, until the end or nobody wants any more.
-fn read_ahead(mut content: impl Read + Send + 'static) -> mpsc::Receiver<std::io::Result<Vec<u8>>> {
+pub(super) fn read_ahead(
+    mut content: impl Read + Send + 'static,
+) -> mpsc::Receiver<std::io::Result<Vec<u8>>> {
     let (sender, pieces) = mpsc::channel(AHEAD);
     std::thread::spawn(move || {
         loop {

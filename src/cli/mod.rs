@@ -11,6 +11,7 @@ mod cache;
 mod demo;
 mod disk;
 mod doctor;
+mod export;
 mod fsck;
 mod heatmap;
 mod image;

@@ -1,6 +1,6 @@
 //! What the control API takes and gives, besides the catalogue's own status records.
 //!
-//! Names arrive as text and become [`Name`](crate::catalog::Name)s in the handlers, so that a bad
+//! Names arrive as text and become [`Name`]s in the handlers, so that a bad
 //! one is refused with the words that say what is allowed.
 
 mod promotion;
@@ -139,6 +139,92 @@ pub struct Resize {
     pub size: u64,
 }
 
+/// Where a replica is to move.
+#[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Migrate {
+    /// The disk.
+    pub disk: String,
+    /// Bytes a second that are copied, at most; 0 for no bound, 256 MiB if it is left out.
+    pub rate_bytes: Option<u64>,
+}
+
+/// How a replica is to be freed of its image.
+#[derive(Clone, Debug, Default, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Flatten {
+    /// Bytes a second that are copied, at most; 0 for no bound, 256 MiB if it is left out.
+    pub rate_bytes: Option<u64>,
+}
+
+/// A replica that has moved, or was freed of its image.
+#[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
+pub struct Reworked {
+    /// The replica.
+    pub replica: ReplicaView,
+    /// Bytes that were copied.
+    pub copied_bytes: u64,
+    /// How long its requests waited.
+    pub paused_ms: f64,
+}
+
+/// What of a replica is exported.
+#[derive(Clone, Debug, Default, Serialize, Deserialize, IntoParams)]
+#[serde(deny_unknown_fields)]
+#[into_params(parameter_in = Query)]
+pub struct ExportOptions {
+    /// Only what was written to it, with the digest of the image that it stands on.
+    #[serde(default)]
+    pub overlay: bool,
+    /// Also while clients have it open: each block as it is when it is read.
+    #[serde(default)]
+    pub live: bool,
+}
+
+/// Where a replica whose overlay is sent along is to be.
+#[derive(Clone, Debug, Serialize, Deserialize, IntoParams)]
+#[serde(deny_unknown_fields)]
+#[into_params(parameter_in = Query)]
+pub struct ImportOptions {
+    /// The disk to put its writes on.
+    pub disk: String,
+}
+
+/// How a disk is to be emptied.
+#[derive(Clone, Debug, Default, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Drain {
+    /// The disks that may take what is on it; any otherwise.
+    #[serde(default)]
+    pub to: Vec<String>,
+    /// Bytes a second that are copied, at most; 0 for no bound, 256 MiB if it is left out.
+    pub rate_bytes: Option<u64>,
+}
+
+/// A disk that takes nothing new, and what has left it.
+#[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
+pub struct Drained {
+    /// The disk.
+    pub disk: DiskStatus,
+    /// The replicas that have moved, and where.
+    pub moved: Vec<MovedReplica>,
+    /// The images whose copies left it.
+    pub copies: Vec<String>,
+}
+
+/// A replica that has left a disk.
+#[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
+pub struct MovedReplica {
+    /// Its name.
+    pub name: String,
+    /// The disk that it is on now.
+    pub disk: String,
+    /// Bytes that were copied.
+    pub copied_bytes: u64,
+    /// How long its requests waited.
+    pub paused_ms: f64,
+}
+
 /// What was removed.
 #[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
 pub struct Removed {
@@ -213,8 +299,43 @@ pub struct Status {
     pub signal: SignalView,
     /// Disks whose copies are read only where no other can answer.
     pub troubles: Vec<DiskTrouble>,
+    /// The copy that is being made because fewer are there than wanted.
+    pub rebuild: Option<RebuildView>,
     /// The copy that is being scrubbed.
     pub scrub: Option<ScrubView>,
+}
+
+/// A copy that is being made.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct RebuildView {
+    /// The image's digest.
+    pub image: String,
+    /// Bytes of the image that are done.
+    pub done_bytes: u64,
+    /// Bytes of the image.
+    pub total_bytes: u64,
+}
+
+/// Copies to be made: one on a disk, or so many in all.
+#[derive(Clone, Debug, Default, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct MakeCopies {
+    /// How many copies are wanted from now on; those that are missing are made.
+    pub copies: Option<u32>,
+    /// The disk for one more copy.
+    pub to: Option<String>,
+    /// Also on a disk that fails together with one that has a copy.
+    #[serde(default)]
+    pub force: bool,
+}
+
+/// How a copy is to be given up.
+#[derive(Clone, Debug, Default, Serialize, Deserialize, IntoParams)]
+#[serde(deny_unknown_fields)]
+pub struct RemoveCopy {
+    /// Also if fewer copies are left than are wanted: so many are wanted from then on.
+    #[serde(default)]
+    pub force: bool,
 }
 
 /// A copy that is being scrubbed.

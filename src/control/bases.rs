@@ -17,7 +17,7 @@ use futures_util::{
     stream::FuturesUnordered,
 };
 use nix::fcntl::OFlag;
-use tokio::sync::Mutex as AsyncMutex;
+use tokio::{sync::Mutex as AsyncMutex, time::timeout};
 
 use crate::{
     blockdev::BaseImage,
@@ -41,6 +41,8 @@ type Slot = Arc<AsyncMutex<Weak<Base>>>;
 const DEPTH: usize = 64;
 /// How long caches are waited for that may have what no copy can give.
 const RESCUE: Duration = Duration::from_secs(10);
+/// How long a disk may take to open a copy while others could serve.
+const OPENING: Duration = Duration::from_secs(5);
 
 /// The table of open images.
 pub struct Bases {
@@ -76,8 +78,7 @@ impl Bases {
         if let Some(base) = slot.upgrade() {
             return Ok(base);
         }
-        let own = self.clone();
-        let base = Arc::new(blocking(move || own.open(digest)).await?);
+        let base = Arc::new(self.open(digest).await?);
         *slot = Arc::downgrade(&base);
         Ok(base)
     }
@@ -100,69 +101,67 @@ impl Bases {
     }
 
     /// Brings the copies that open images are read from in line with those that are there, the better
-    /// ones first. Blocks.
-    pub fn refresh(&self) {
+    /// ones first.
+    pub async fn refresh(self: &Arc<Self>) {
         for (digest, base) in self.all() {
-            if let Err(error) = self.refresh_one(digest, &base) {
-                tracing::warn!(image = %digest, %error, "looking for its copies");
-            }
+            self.refresh_one(digest, &base).await;
         }
     }
 
-    fn refresh_one(&self, digest: Digest, base: &Base) -> Result<()> {
+    async fn refresh_one(self: &Arc<Self>, digest: Digest, base: &Base) {
         let sources = base.sources();
-        let there = self.node.ready_copies(digest);
-        let known = sources.copies();
-        let mut copies: Vec<Arc<Copy<Ring>>> = Vec::new();
-        for (disk, incarnation) in &there {
+        let (known, mut copies) = (sources.copies(), Vec::new());
+        for (disk, incarnation) in self.node.ready_copies(digest) {
             let same = |copy: &&Arc<Copy<Ring>>| {
                 copy.disk().name() == disk.as_str() && copy.identity() == incarnation.numbers()
             };
             match known.iter().find(same) {
                 Some(copy) => copies.push(copy.clone()),
-                None => match self.open_copy(digest, disk) {
-                    Ok((copy, _)) => copies.push(copy),
-                    Err(error) => tracing::warn!(image = %digest, %disk, %error, "a copy"),
-                },
+                None => copies.extend(self.try_copy(digest, &disk).await.map(|(copy, _)| copy)),
             }
         }
         if copies.is_empty() {
             // Those that it had may still answer, from memory at least.
-            return Ok(());
+            return;
         }
         arrange(&mut copies);
         let as_before = copies.len() == known.len()
             && copies.iter().zip(known.iter()).all(|(one, other)| Arc::ptr_eq(one, other));
         if !as_before {
+            let disks: Vec<&str> = copies.iter().map(|copy| copy.disk().name()).collect();
+            tracing::info!(image = %digest, ?disks, "read from these copies from now on");
             sources.set_copies(copies);
         }
-        Ok(())
     }
 
-    fn open(self: &Arc<Self>, digest: Digest) -> Result<Base> {
-        let mut failed = None;
-        let (mut copies, mut table) = (Vec::new(), None);
-        for (disk, _) in self.node.ready_copies(digest) {
-            let opened = self.open_copy(digest, &disk).and_then(|(copy, file)| {
-                if table.is_none() {
-                    table = Some(load_table(digest, &file)?);
+    async fn open(self: &Arc<Self>, digest: Digest) -> Result<Base> {
+        let ready = self.node.ready_copies(digest);
+        let opening = ready.iter().map(|(disk, _)| self.try_copy(digest, disk));
+        let opened = futures_util::future::join_all(opening).await;
+        let opened: Vec<_> = opened.into_iter().flatten().collect();
+        let (mut copies, files): (Vec<_>, Vec<_>) = opened.into_iter().unzip();
+        let mut table = None;
+        for file in files {
+            let disk = file.disk.clone();
+            match soon(move || load_table(digest, &file)).await {
+                Ok(loaded) => {
+                    table = Some(loaded);
+                    break;
                 }
-                Ok(copy)
-            });
-            match opened {
-                Ok(copy) => copies.push(copy),
                 Err(error) => {
                     tracing::warn!(image = %digest, %disk, %error, "a copy can't be used");
-                    failed = Some(error);
+                    copies.retain(|copy| copy.disk().name() != disk.as_str());
                 }
             }
         }
         let Some(table) = table else {
-            let missing = || self.node.open_copy(&digest.to_string().parse()?).map(drop);
-            return Err(failed.map_or_else(
-                || missing().err().unwrap_or_else(|| no_copy(digest)),
-                |error| error.within(format!("image {digest}")),
-            ));
+            // Why is for the catalogue to say.
+            let node = self.node.clone();
+            let why = soon(move || {
+                let copy = node.open_copy(&digest.to_string().parse()?)?;
+                load_table(digest, &copy).map(drop)
+            });
+            return Err(why.await.err().unwrap_or_else(|| no_copy(digest)));
         };
         arrange(&mut copies);
         let rotational = copies.first().is_some_and(|copy| copy.disk().tier() == Some(Tier::Hdd));
@@ -176,6 +175,20 @@ impl Bases {
         sources.set_rescue(Box::new(Caches { digest, size: table.size(), views, rings }));
         let base = BaseImage::new(sources);
         Ok(if rotational { base.on_rotating_disk() } else { base })
+    }
+
+    /// The copy on a disk, unless it can't be opened, or not soon.
+    async fn try_copy(
+        self: &Arc<Self>,
+        digest: Digest,
+        disk: &Name,
+    ) -> Option<(Arc<Copy<Ring>>, OpenCopy)> {
+        let (own, by) = (self.clone(), disk.clone());
+        let opened = soon(move || own.open_copy(digest, &by)).await;
+        let told = |error: &Error| {
+            tracing::warn!(image = %digest, %disk, %error, "a copy can't be used");
+        };
+        opened.inspect_err(told).ok()
     }
 
     fn open_copy(&self, digest: Digest, disk: &Name) -> Result<(Arc<Copy<Ring>>, OpenCopy)> {
@@ -200,6 +213,15 @@ impl Bases {
         let made = Arc::new(Disk::new(name.as_str(), tier, depth));
         locked(&self.disks).entry(name.clone()).or_insert(made).clone()
     }
+}
+
+/// What `work` comes to, unless its disk hangs.
+async fn soon<T: Send + 'static>(work: impl FnOnce() -> Result<T> + Send + 'static) -> Result<T> {
+    let late = |_| {
+        let what = format!("its disk didn't answer within {} s", OPENING.as_secs());
+        Error::new(Kind::Unavailable, what)
+    };
+    timeout(OPENING, blocking(work)).await.map_err(late)?
 }
 
 /// The copies in the order in which they are to be asked: the faster disk first.

@@ -16,7 +16,10 @@ use tokio::{net::UnixStream, sync::mpsc, time::timeout};
 use tokio_stream::{StreamExt, wrappers::ReceiverStream};
 
 use crate::{
-    control::event::{Event, Progress, Refusal},
+    control::{
+        event::{Event, Progress, Refusal},
+        upload,
+    },
     error::{Context, Error, Kind, Result},
 };
 
@@ -96,6 +99,16 @@ impl Client {
         }
         let response = self.send(request).await?;
         self.events(response, progress).await
+    }
+
+    /// The content at `path`, as it comes: to be read by a thread that may block.
+    pub async fn download(&self, path: &str) -> Result<upload::Reader> {
+        let response = self.send(request(Method::GET, path, nothing())?).await?;
+        if !response.status().is_success() {
+            self.answer::<()>(response).await?;
+            return Err(self.broken("a refusal without words"));
+        }
+        Ok(upload::reader(axum::body::Body::new(response.into_body())))
     }
 
     async fn send(&self, request: Request<Body>) -> Result<Response<Incoming>> {

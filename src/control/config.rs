@@ -8,6 +8,7 @@ use std::{fs, io::Read, net::SocketAddr, path::Path, path::PathBuf};
 use serde::Deserialize;
 
 use crate::{
+    catalog::COPIES_MAX,
     control::paths::Paths,
     error::{Context, Error, Kind, Result},
     source::Verify,
@@ -45,6 +46,12 @@ pub struct Config {
     pub verify_reads: Verify,
     /// Seconds that a disk has to answer well before it is believed to be.
     pub clean_seconds: u64,
+    /// How many copies of an image are wanted where nobody said.
+    pub copies: u64,
+    /// Seconds that a lost copy is waited for before another is made.
+    pub rebuild_after_seconds: u64,
+    /// MiB a second at which that is done.
+    pub rebuild_mib: u64,
     /// In so many days each copy is read whole and compared with its sums; 0: never.
     pub scrub_days: u64,
     /// MiB a second at which that is done.
@@ -85,6 +92,9 @@ struct File {
     overlay_io: Option<Caching>,
     verify_reads: Option<Verify>,
     clean_seconds: Option<u64>,
+    copies: Option<u64>,
+    rebuild_after_seconds: Option<u64>,
+    rebuild_mib: Option<u64>,
     scrub_days: Option<u64>,
     scrub_mib: Option<u64>,
     cache_percent: Option<u64>,
@@ -109,6 +119,9 @@ impl Config {
             overlay_io: Caching::Direct,
             verify_reads: Verify::First,
             clean_seconds: 60,
+            copies: 1,
+            rebuild_after_seconds: 60,
+            rebuild_mib: 64,
             scrub_days: 30,
             scrub_mib: 16,
             cache_percent: 5,
@@ -156,6 +169,11 @@ impl Config {
             overlay_io: file.overlay_io.unwrap_or(default.overlay_io),
             verify_reads: file.verify_reads.unwrap_or(default.verify_reads),
             clean_seconds: file.clean_seconds.unwrap_or(default.clean_seconds),
+            copies: file.copies.unwrap_or(default.copies),
+            rebuild_after_seconds: file
+                .rebuild_after_seconds
+                .unwrap_or(default.rebuild_after_seconds),
+            rebuild_mib: file.rebuild_mib.unwrap_or(default.rebuild_mib),
             scrub_days: file.scrub_days.unwrap_or(default.scrub_days),
             scrub_mib: file.scrub_mib.unwrap_or(default.scrub_mib),
             cache_percent: file.cache_percent.unwrap_or(default.cache_percent),
@@ -186,6 +204,14 @@ impl Config {
             || !(1..=1 << 20).contains(&config.scrub_mib)
         {
             let what = "clean_seconds is at most 86400, scrub_days at most 3650, scrub_mib from 1 to 1048576";
+            return Err(Error::new(Kind::Invalid, what));
+        }
+        if !(1..=u64::from(COPIES_MAX)).contains(&config.copies)
+            || config.rebuild_after_seconds > 7 * 86_400
+            || !(1..=1 << 20).contains(&config.rebuild_mib)
+        {
+            let what = "copies is from 1 to 16, rebuild_after_seconds at most 604800, rebuild_mib from 1 to \
+                        1048576";
             return Err(Error::new(Kind::Invalid, what));
         }
         if config.cache_percent > 90 || !(1..=1 << 20).contains(&config.promote_mib) {

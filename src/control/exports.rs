@@ -10,7 +10,7 @@
 //!   a disk that hangs holds up its own replicas only.
 
 use std::{
-    collections::HashMap,
+    collections::{HashMap, hash_map::Entry},
     fs::TryLockError,
     future::Future,
     pin::Pin,
@@ -23,8 +23,8 @@ use tokio::{sync::Mutex as AsyncMutex, time::timeout};
 use uuid::Uuid;
 
 use crate::{
-    blockdev::{AnyDevice, Export, Figures, Replica, nbd::Exports as Offered},
-    catalog::{Digest, Name, Node, Removed, ReplicaStatus, Tier},
+    blockdev::{AnyDevice, Below, Export, Figures, Footing, Replica, nbd::Exports as Offered},
+    catalog::{Digest, Name, Node, OpenReplica, Removed, ReplicaStatus, StagedReplica, Tier},
     control::{
         bases::{Bases, opened},
         config::Caching,
@@ -32,7 +32,7 @@ use crate::{
         tails::Tails,
         views::{Base, Views},
     },
-    cow::Overlay,
+    cow::{Overlay, tail::Place},
     error::{Context, Error, Kind, Result},
     io::{Ring, RingFile, Rings},
 };
@@ -49,13 +49,15 @@ type Slot<T> = Arc<AsyncMutex<T>>;
 
 /// The table of open devices.
 pub struct Exports {
-    node: Node,
+    pub(super) node: Node,
     rings: Arc<Rings>,
     caching: Caching,
     tails: Option<Tails>,
     views: Arc<Views>,
     bases: Arc<Bases>,
     replicas: Mutex<HashMap<Uuid, Slot<Option<Opened>>>>,
+    /// What is at work on replicas for long, and what to tell others meanwhile.
+    busy: Mutex<HashMap<Uuid, &'static str>>,
     /// By the names of exports, for as long as there is something of that name.
     figures: Mutex<HashMap<String, Arc<Figures>>>,
 }
@@ -78,6 +80,18 @@ impl Opened {
     }
 }
 
+/// A replica that is worked on for long.
+pub(super) struct Busy<'a> {
+    exports: &'a Exports,
+    id: Uuid,
+}
+
+impl Drop for Busy<'_> {
+    fn drop(&mut self) {
+        locked(&self.exports.busy).remove(&self.id);
+    }
+}
+
 impl Exports {
     /// An empty table for `node`, whose devices are served by `rings` and images opened by `bases`; overlays
     /// go through the page cache if `caching` says so. Where replicas' tails are kept is `tails`; `views` are of the images that replicas stand on.
@@ -89,8 +103,8 @@ impl Exports {
         tails: Option<Tails>,
         views: Arc<Views>,
     ) -> Exports {
-        let (replicas, figures) = (Mutex::default(), Mutex::default());
-        Exports { node, rings, caching, tails, views, bases, replicas, figures }
+        let (replicas, figures, busy) = Default::default();
+        Exports { node, rings, caching, tails, views, bases, replicas, busy, figures }
     }
 
     /// The image of this name or digest as an export.
@@ -144,7 +158,9 @@ impl Exports {
             ));
         }
         let grown =
-            self.run(move |ring| async move { replica.overlay().resize(&ring, size).await });
+            self.run(
+                move |ring| async move { replica.enter().await.overlay.resize(&ring, size).await },
+            );
         grown.await.map_err(|error| error.within(format!("replica {name}")))?;
         let node = self.node.clone();
         blocking(move || node.set_replica_size(&name, size)).await?;
@@ -159,6 +175,9 @@ impl Exports {
     ) -> Result<Removed> {
         let entry = self.slot(status.id);
         let mut slot = entry.lock().await;
+        if let Some(why) = locked(&self.busy).get(&status.id) {
+            return Err(Error::new(Kind::InUse, format!("replica {}: {why}", status.name)));
+        }
         // One that is attached is in use also while its device waits for it.
         let clients = clients(&format!("{REPLICA}{}", status.name));
         if !clients.is_empty() || slot.as_ref().is_some_and(Opened::is_shared) {
@@ -188,7 +207,8 @@ impl Exports {
         let closing = slots.into_iter().map(|slot| async move {
             let Some(Opened { export, replica }) = slot.lock().await.take() else { return Ok(()) };
             let name = export.name.clone();
-            let close = self.run(move |ring| async move { replica.overlay().close(&ring).await });
+            let close = self
+                .run(move |ring| async move { replica.enter().await.overlay.close(&ring).await });
             close.await.map_err(|error| error.within(format!("closing {name}")))
         });
         match timeout(limit, futures_util::future::join_all(closing)).await {
@@ -265,17 +285,18 @@ impl Exports {
 
     async fn open_overlay(&self, status: ReplicaStatus) -> Result<Opened> {
         let name = status.name.clone();
-        let base = self
-            .base(status.digest)
-            .await
-            .map_err(|error| error.within(format!("replica {name}")))?;
+        let below = match status.digest {
+            Some(digest) => {
+                let base = self.base(digest).await;
+                let base = base.map_err(|error| error.within(format!("replica {name}")))?;
+                self.below(&status.disk, digest, &base)?
+            }
+            None => Below::NOTHING,
+        };
         let (node, caching, by) = (self.node.clone(), self.caching, name.clone());
         let files = blocking(move || open_files(&node, &by, caching)).await?;
         let Files { id, data, data_len, map, rotational } = files;
-        let tail = match self.tails.clone() {
-            Some(tails) => blocking(move || tails.open(id)).await?,
-            None => None,
-        };
+        let tail = self.tail(id).await;
         let overlay = self
             .run(move |ring| async move { Overlay::open(&ring, data, map, id, tail).await })
             .await
@@ -296,11 +317,11 @@ impl Exports {
             let (node, by, size) = (self.node.clone(), name.clone(), overlay.size());
             blocking(move || node.set_replica_size(&by, size)).await?;
         }
-        let view = self.views.of(&status.disk, status.digest, &base)?;
-        let replica = Arc::new(Replica::new(overlay, base, view, rotational));
+        let overlay = Arc::new(overlay);
+        let replica = Arc::new(Replica::new(Footing { overlay, base: below, rotational }));
         let export = format!("{REPLICA}{name}");
         let export = Arc::new(Export {
-            description: format!("replica {name} on disk {}", status.disk),
+            description: format!("replica {name}"),
             figures: self.figures(&export),
             name: export,
             device: AnyDevice::Replica(replica.clone()),
@@ -308,8 +329,77 @@ impl Exports {
         Ok(Opened { export, replica })
     }
 
+    /// An image's copy as replicas on `disk` see it.
+    pub(super) fn below(
+        &self,
+        disk: &Name,
+        digest: Digest,
+        copy: &Arc<Base>,
+    ) -> Result<Below<Ring>> {
+        Ok(Below::image(copy.clone(), self.views.of(disk, digest, copy)?))
+    }
+
+    /// Where the tail of a replica is kept.
+    pub(super) async fn tail(&self, id: Uuid) -> Option<Place> {
+        let tails = self.tails.clone()?;
+        blocking(move || tails.open(id)).await.ok().flatten()
+    }
+
+    /// Marks a replica as worked on, which is told to others as `why`, until what is returned goes.
+    pub(super) fn begin(&self, id: Uuid, name: &Name, why: &'static str) -> Result<Busy<'_>> {
+        match locked(&self.busy).entry(id) {
+            Entry::Occupied(other) => {
+                Err(Error::new(Kind::InUse, format!("replica {name}: {}", other.get())))
+            }
+            Entry::Vacant(free) => {
+                free.insert(why);
+                Ok(Busy { exports: self, id })
+            }
+        }
+    }
+
+    /// The replica, open.
+    pub(super) async fn open_for_work(&self, status: ReplicaStatus) -> Result<Arc<Replica<Ring>>> {
+        let slot = self.slot(status.id);
+        let mut slot = slot.lock().await;
+        Ok(self.opened(&mut slot, status).await?.replica.clone())
+    }
+
+    /// Opens the overlay of a replica that is moving, in its new place.
+    pub(super) async fn open_staged(
+        &self,
+        staged: StagedReplica,
+        name: Name,
+    ) -> Result<(StagedReplica, Overlay<Ring>)> {
+        let caching = self.caching;
+        let (staged, id, data, map) = blocking(move || {
+            let (data, _) = overlay_file(&name, caching, &|flags| staged.open_data(flags))?;
+            let (map, _) = overlay_file(&name, caching, &|flags| staged.open_map(flags))?;
+            let id = staged.id();
+            Ok((staged, id, data, map))
+        })
+        .await?;
+        let opened =
+            self.run(move |ring| async move { Overlay::open(&ring, data, map, id, None).await });
+        Ok((staged, opened.await?))
+    }
+
+    /// Opens the files of a replica that nobody sees yet.
+    pub(super) async fn overlay_files(
+        &self,
+        files: OpenReplica,
+    ) -> Result<(Uuid, RingFile, RingFile)> {
+        let caching = self.caching;
+        blocking(move || {
+            let (data, _) = overlay_file(&files.name, caching, &|flags| files.open_data(flags))?;
+            let (map, _) = overlay_file(&files.name, caching, &|flags| files.open_map(flags))?;
+            Ok((files.id, data, map))
+        })
+        .await
+    }
+
     /// Runs a future on one of the rings.
-    async fn run<T, F>(&self, make: impl FnOnce(Ring) -> F + Send + 'static) -> Result<T>
+    pub(super) async fn run<T, F>(&self, make: impl FnOnce(Ring) -> F + Send + 'static) -> Result<T>
     where
         T: Send + 'static,
         F: Future<Output = Result<T>> + 'static,
@@ -366,23 +456,29 @@ struct Files {
 
 fn open_files(node: &Node, name: &Name, caching: Caching) -> Result<Files> {
     let open = node.open_replica(name)?;
-    let what = || format!("replica {name}: opening its overlay");
-    let file = |open: &dyn Fn(OFlag) -> Result<std::fs::File>| -> Result<(RingFile, u64)> {
-        let file = opened(caching, open)?;
-        lock(&file, name)?;
-        // Clean pages that an earlier, failed sync left behind may not be what is on the disk.
-        posix_fadvise(&file, 0, 0, PosixFadviseAdvice::POSIX_FADV_DONTNEED).context(what)?;
-        let len = file.metadata().context(what)?.len();
-        Ok((RingFile::new(file).context(what)?, len))
-    };
-    let (data, data_len) = file(&|flags| open.open_data(flags))?;
+    let (data, data_len) = overlay_file(name, caching, &|flags| open.open_data(flags))?;
     Ok(Files {
         id: open.id,
         data,
         data_len,
-        map: file(&|flags| open.open_map(flags))?.0,
+        map: overlay_file(name, caching, &|flags| open.open_map(flags))?.0,
         rotational: turns(node, &open.disk),
     })
+}
+
+/// Opens one of an overlay's files; its length in bytes.
+fn overlay_file(
+    name: &Name,
+    caching: Caching,
+    open: &dyn Fn(OFlag) -> Result<std::fs::File>,
+) -> Result<(RingFile, u64)> {
+    let what = || format!("replica {name}: opening its overlay");
+    let file = opened(caching, open)?;
+    lock(&file, name)?;
+    // Clean pages that an earlier, failed sync left behind may not be what is on the disk.
+    posix_fadvise(&file, 0, 0, PosixFadviseAdvice::POSIX_FADV_DONTNEED).context(what)?;
+    let len = file.metadata().context(what)?.len();
+    Ok((RingFile::new(file).context(what)?, len))
 }
 
 /// Locks one of the files. A daemon that was killed holds it for as long as the kernel still works on
@@ -413,7 +509,7 @@ fn lock(file: &std::fs::File, name: &Name) -> Result<()> {
     }
 }
 
-fn turns(node: &Node, disk: &Name) -> bool {
+pub(super) fn turns(node: &Node, disk: &Name) -> bool {
     node.disk(disk).is_ok_and(|disk| disk.tier == Some(Tier::Hdd))
 }
 

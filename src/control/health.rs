@@ -101,11 +101,7 @@ impl Health {
         let took = std::mem::replace(&mut state.ticked, Instant::now()).elapsed();
         if state.refreshing.as_ref().is_none_or(JoinHandle::is_finished) {
             let bases = self.bases.clone();
-            let refresh = blocking(move || {
-                bases.refresh();
-                Ok(())
-            });
-            state.refreshing = Some(tokio::spawn(async move { drop(refresh.await) }));
+            state.refreshing = Some(tokio::spawn(async move { bases.refresh().await }));
         }
         let seen: HashMap<_, _> = disks
             .iter()

@@ -27,10 +27,14 @@ pub mod socket;
 
 mod attachments;
 mod bases;
+mod copying;
+mod export;
 mod exports;
 mod health;
 mod job;
+mod keeper;
 mod metrics;
+mod moves;
 mod promotion;
 mod routes;
 mod scrub;

@@ -20,7 +20,7 @@ use axum::{
     },
     http::{HeaderMap, StatusCode, header, request::Parts},
     response::{IntoResponse, Response},
-    routing::{get, post},
+    routing::{delete, get, post},
 };
 use serde::de::DeserializeOwned;
 use utoipa::OpenApi;
@@ -30,6 +30,7 @@ use crate::{
     control::{
         api::*,
         event::{ErrorBody, Event, Progress, Refusal},
+        export::{self, Export},
         job, metrics,
         server::Peer,
         service::{Service, blocking},
@@ -53,12 +54,21 @@ pub fn router(service: Arc<Service>) -> Router {
         .route("/v1/status", get(status))
         .route("/v1/disks", get(list_disks).post(add_disk))
         .route("/v1/disks/{name}", get(inspect_disk).delete(remove_disk))
+        .route("/v1/disks/{name}/drain", post(drain_disk))
+        .route("/v1/disks/{name}/undrain", post(undrain_disk))
         .route("/v1/images", get(list_images).post(import_image))
         .route("/v1/images/{name}", get(inspect_image).delete(remove_image).put(upload_image))
         .route("/v1/images/{name}/verify", post(verify_image))
+        .route("/v1/images/{name}/copies", post(make_copies))
+        .route("/v1/images/{name}/copies/{disk}", delete(remove_copy))
         .route("/v1/replicas", get(list_replicas).post(create_replica))
         .route("/v1/replicas/{name}", get(inspect_replica).delete(remove_replica))
         .route("/v1/replicas/{name}/resize", post(resize_replica))
+        .route("/v1/replicas/{name}/migrate", post(migrate_replica))
+        .route("/v1/replicas/{name}/flatten", post(flatten_replica))
+        .route("/v1/replicas/{name}/settle", post(settle_replica))
+        .route("/v1/replicas/{name}/content", get(export_replica).put(import_replica))
+        .route("/v1/images/{name}/content", get(export_image))
         .route("/v1/attachments", get(list_attachments).post(attach))
         .route("/v1/attachments/detach", post(detach))
         .route("/v1/caches", get(promotion::list_caches))
@@ -109,17 +119,27 @@ pub fn router(service: Arc<Service>) -> Router {
         add_disk,
         inspect_disk,
         remove_disk,
+        drain_disk,
+        undrain_disk,
         list_images,
         import_image,
         upload_image,
         inspect_image,
         remove_image,
         verify_image,
+        make_copies,
+        remove_copy,
         list_replicas,
         create_replica,
         inspect_replica,
         remove_replica,
         resize_replica,
+        migrate_replica,
+        flatten_replica,
+        settle_replica,
+        export_replica,
+        import_replica,
+        export_image,
         list_attachments,
         attach,
         detach,
@@ -256,6 +276,33 @@ async fn remove_image(State(service): Node, Named(name): Named) -> Answer<Remove
     Ok(Json(service.remove_image(name).await?))
 }
 
+/// Makes copies of an image on other disks. Answers with lines.
+#[utoipa::path(post, path = "/v1/images/{name}/copies", params(("name" = String, Path)),
+    request_body = MakeCopies, responses(
+    (status = 200, body = Event<ImageView>, content_type = "application/x-ndjson"),
+    (status = "4XX", body = Refusal)))]
+async fn make_copies(
+    State(service): Node,
+    Named(name): Named,
+    Input(wish): Input<MakeCopies>,
+) -> Result<Response, Failure> {
+    let copies = service.prepare_copies(name, wish).await?;
+    Ok(job::stream(service.jobs(), move |job| copies.run(job)))
+}
+
+/// Gives up the copy of an image on a disk. The last one is refused.
+#[utoipa::path(delete, path = "/v1/images/{name}/copies/{disk}",
+    params(("name" = String, Path), ("disk" = String, Path), RemoveCopy), responses(
+    (status = 200, body = ImageView), (status = "4XX", body = Refusal)))]
+async fn remove_copy(
+    State(service): Node,
+    Path((name, disk)): Path<(String, String)>,
+    how: Result<Query<RemoveCopy>, QueryRejection>,
+) -> Answer<ImageView> {
+    let Query(how) = how.map_err(|error| misshapen(error.body_text()))?;
+    Ok(Json(service.remove_copy(name.parse()?, disk.parse()?, how.force).await?))
+}
+
 /// Reads an image whole and compares it with its checksums. Answers with lines.
 #[utoipa::path(post, path = "/v1/images/{name}/verify", params(("name" = String, Path)), responses(
     (status = 200, body = Event<Verification>, content_type = "application/x-ndjson"),
@@ -305,6 +352,121 @@ async fn resize_replica(
     Input(resize): Input<Resize>,
 ) -> Answer<ReplicaView> {
     Ok(Json(service.resize_replica(name, resize.size).await?))
+}
+
+/// Moves a replica to another disk while it is in use. Answers with lines: progress, then what has
+/// become of it. Whoever goes away before that gives it up: then nothing has happened.
+#[utoipa::path(post, path = "/v1/replicas/{name}/migrate", params(("name" = String, Path)),
+    request_body = Migrate, responses(
+    (status = 200, body = Event<Reworked>, content_type = "application/x-ndjson"),
+    (status = "4XX", body = Refusal)))]
+async fn migrate_replica(
+    State(service): Node,
+    Named(name): Named,
+    Input(to): Input<Migrate>,
+) -> Result<Response, Failure> {
+    let prepared = service.prepare_move(name, to).await?;
+    Ok(job::stream(service.jobs(), move |job| prepared.run(job)))
+}
+
+/// Copies what a replica still reads from its image, while it is in use, until it needs none. Answers
+/// with lines. Given up, it has copied some; the next time goes on there.
+#[utoipa::path(post, path = "/v1/replicas/{name}/flatten", params(("name" = String, Path)),
+    request_body = Flatten, responses(
+    (status = 200, body = Event<Reworked>, content_type = "application/x-ndjson"),
+    (status = "4XX", body = Refusal)))]
+async fn flatten_replica(
+    State(service): Node,
+    Named(name): Named,
+    Input(how): Input<Flatten>,
+) -> Result<Response, Failure> {
+    let prepared = service.prepare_flatten(name, how).await?;
+    Ok(job::stream(service.jobs(), move |job| prepared.run(job)))
+}
+
+/// Takes a replica up where it was before a move that was interrupted, and gives up what may be on the
+/// disk that it was to move to: for when that disk is lost.
+#[utoipa::path(post, path = "/v1/replicas/{name}/settle", params(("name" = String, Path)),
+    responses((status = 200, body = ReplicaView), (status = "4XX", body = Refusal)))]
+async fn settle_replica(State(service): Node, Named(name): Named) -> Answer<ReplicaView> {
+    Ok(Json(service.settle_replica(name).await?))
+}
+
+/// The content of a replica as a stream of pieces (docs/FORMAT.md): what isn't zeros, or what the
+/// overlay holds.
+#[utoipa::path(get, path = "/v1/replicas/{name}/content",
+    params(("name" = String, Path), ExportOptions), responses(
+    (status = 200, body = Vec<u8>, content_type = "application/octet-stream"),
+    (status = "4XX", body = Refusal)))]
+async fn export_replica(
+    State(service): Node,
+    Named(name): Named,
+    options: Result<Query<ExportOptions>, QueryRejection>,
+) -> Result<Response, Failure> {
+    let Query(options) = options.map_err(|error| misshapen(error.body_text()))?;
+    Ok(pour(service.prepare_export(name, options).await?))
+}
+
+/// Makes a replica of an overlay that was exported. Answers, while it reads, with lines.
+#[utoipa::path(put, path = "/v1/replicas/{name}/content",
+    params(("name" = String, Path), ImportOptions),
+    request_body(content = Vec<u8>, content_type = "application/octet-stream"), responses(
+    (status = 200, body = Event<ReplicaView>, content_type = "application/x-ndjson"),
+    (status = "4XX", body = Refusal)))]
+async fn import_replica(
+    State(service): Node,
+    Named(name): Named,
+    options: Result<Query<ImportOptions>, QueryRejection>,
+    request: Request,
+) -> Result<Response, Failure> {
+    let Query(options) = options.map_err(|error| misshapen(error.body_text()))?;
+    let prepared = match service.prepare_overlay(name, options).await {
+        Ok(prepared) => prepared,
+        Err(error) => {
+            upload::refuse(request.into_body());
+            return Err(error.into());
+        }
+    };
+    let reader = upload::reader(request.into_body());
+    Ok(job::stream(service.jobs(), move |job| prepared.run(reader, job)))
+}
+
+/// The content of an image as a stream of pieces (docs/FORMAT.md): what isn't zeros.
+#[utoipa::path(get, path = "/v1/images/{name}/content", params(("name" = String, Path)), responses(
+    (status = 200, body = Vec<u8>, content_type = "application/octet-stream"),
+    (status = "4XX", body = Refusal)))]
+async fn export_image(State(service): Node, Named(name): Named) -> Result<Response, Failure> {
+    Ok(pour(service.prepare_image_export(name).await?))
+}
+
+/// The stream of an export, for as long as somebody reads it.
+fn pour(prepared: Export) -> Response {
+    let (sender, pieces) = export::body();
+    tokio::task::spawn_blocking(move || prepared.run(sender));
+    let body = Body::from_stream(tokio_stream::wrappers::ReceiverStream::new(pieces));
+    ([(header::CONTENT_TYPE, "application/octet-stream")], body).into_response()
+}
+
+/// Moves every replica of a disk to other disks, while they are in use; the disk takes nothing new from
+/// then on. Answers with lines. Given up, what has moved has moved; the next time goes on there.
+#[utoipa::path(post, path = "/v1/disks/{name}/drain", params(("name" = String, Path)),
+    request_body = Drain, responses(
+    (status = 200, body = Event<Drained>, content_type = "application/x-ndjson"),
+    (status = "4XX", body = Refusal)))]
+async fn drain_disk(
+    State(service): Node,
+    Named(name): Named,
+    Input(drain): Input<Drain>,
+) -> Result<Response, Failure> {
+    let prepared = service.prepare_drain(name, drain).await?;
+    Ok(job::stream(service.jobs(), move |job| prepared.run(job)))
+}
+
+/// Lets a disk that was drained take new things again.
+#[utoipa::path(post, path = "/v1/disks/{name}/undrain", params(("name" = String, Path)),
+    responses((status = 200, body = DiskStatus), (status = "4XX", body = Refusal)))]
+async fn undrain_disk(State(service): Node, Named(name): Named) -> Answer<DiskStatus> {
+    Ok(Json(service.set_draining(&name, false).await?))
 }
 
 /// Every export that is a block device of this host.
@@ -446,7 +608,7 @@ mod tests {
                 described.push(format!("{method} {path}"));
             }
         }
-        assert_eq!(described.len(), 36, "{described:?}");
+        assert_eq!(described.len(), 46, "{described:?}");
         // References within the document lead somewhere.
         let text = document.to_string();
         for reference in text.split("\"$ref\":\"#/components/schemas/").skip(1) {

@@ -15,7 +15,7 @@ use std::{
 use uuid::Uuid;
 
 use crate::{
-    blockdev::{nbd, ublk::Stop},
+    blockdev::{AnyDevice, nbd, ublk::Stop},
     catalog::{
         self, DiskOptions, DiskStatus, FsckReport, ImageStatus, Name, NewReplica, Node, Placement,
         Repair, ReplicaStatus, Target,
@@ -25,20 +25,24 @@ use crate::{
         attachments::{Attachments, Links, Servers},
         bases::Bases,
         config::Config,
+        copying::Copying,
+        export::{self, Export, ImportOverlay},
         exports::{Exports, IMAGE, REPLICA},
         health::Health,
         job::Jobs,
+        keeper::Keeping,
         metrics::{Metrics, PageFormat, Sources},
+        moves::RATE,
         promotion::Promotion,
         scrub::Scrub,
         socket::Socket,
         tails::Tails,
         views::Views,
-        work::{Import, Recording, Verify},
+        work::{Copies, DrainDisk, Import, Recording, Rework, Verify, What},
     },
     cow::Overlay,
     error::{Context, Error, Kind, Result},
-    image::Format,
+    image::{Format, parcel::Header},
     io::{Ring, Rings},
 };
 
@@ -53,6 +57,7 @@ pub struct Service {
     promotion: Arc<Promotion>,
     health: Arc<Health>,
     scrub: Arc<Scrub>,
+    keeping: Arc<Keeping>,
     server: Arc<nbd::Server>,
     metrics: Metrics,
     jobs: Jobs,
@@ -98,7 +103,11 @@ impl Service {
         let health = Health::start(node.clone(), bases.clone(), rings.clone(), clean);
         let period = Duration::from_secs(config.scrub_days * 24 * 3600);
         let rate = config.scrub_mib << 20;
-        let scrub = Scrub::start(node.clone(), bases, rings.clone(), period, rate);
+        let scrub = Scrub::start(node.clone(), bases.clone(), rings.clone(), period, rate);
+        let copying = Copying { node: node.clone(), bases, rings: rings.clone() };
+        let patience = Duration::from_secs(config.rebuild_after_seconds);
+        let wanted = u32::try_from(config.copies).unwrap_or(1);
+        let keeping = Keeping::start(copying, wanted, patience, config.rebuild_mib << 20);
         let promotion = Promotion::start(config, node.clone(), exports.clone(), views)?;
         let listener = tokio::net::UnixListener::from_std(socket.listener()?)
             .context(|| "listening on the NBD socket")?;
@@ -114,6 +123,7 @@ impl Service {
             promotion,
             health,
             scrub,
+            keeping,
             server,
             metrics: Metrics::default(),
             jobs: Jobs::default(),
@@ -147,6 +157,7 @@ impl Service {
     /// Gives up imports and verifications that are under way.
     pub fn cancel_jobs(&self) {
         self.jobs.cancel();
+        self.keeping.stop();
     }
 
     /// Says where else the metrics are.
@@ -196,6 +207,11 @@ impl Service {
             attachments: self.attachments.list(),
             signal: self.promotion.signal(),
             troubles: self.troubles(),
+            rebuild: self.keeping.now().map(|now| RebuildView {
+                image: now.digest.to_string(),
+                done_bytes: now.done.0,
+                total_bytes: now.done.1,
+            }),
             scrub: self.scrub.now().map(|now| ScrubView {
                 image: now.digest.to_string(),
                 disk: now.disk,
@@ -341,6 +357,38 @@ impl Service {
         Ok(Removed { removed: name.into(), note })
     }
 
+    /// Prepares copies of an image: one on a disk, or as many as are wanted from now on.
+    pub async fn prepare_copies(self: &Arc<Self>, name: Name, wish: MakeCopies) -> Result<Copies> {
+        let disk = parsed(wish.to)?;
+        if disk.is_some() == wish.copies.is_some() {
+            let what = "either a disk for one more copy, or how many copies are wanted";
+            return Err(Error::new(Kind::Invalid, what));
+        }
+        let (node, by) = (self.node.clone(), name.clone());
+        let digest = blocking(move || {
+            let digest = node.image(&by)?.digest;
+            if let Some(count) = wish.copies {
+                node.want_copies(&by, count)?;
+            }
+            Ok(digest)
+        })
+        .await?;
+        Ok(Copies { service: self.clone(), name, digest, disk, anyhow: wish.force })
+    }
+
+    /// Gives up the copy of an image on a disk.
+    pub async fn remove_copy(&self, name: Name, disk: Name, anyhow: bool) -> Result<ImageView> {
+        let (node, image, from) = (self.node.clone(), name.clone(), disk.clone());
+        blocking(move || node.remove_copy_on(&image, &from, anyhow)).await?;
+        tracing::info!(image = %name, %disk, "a copy was given up");
+        self.image(name).await
+    }
+
+    /// Who makes copies.
+    pub(super) fn keeping(&self) -> &Arc<Keeping> {
+        &self.keeping
+    }
+
     /// Prepares the verification of an image.
     pub async fn prepare_verify(self: &Arc<Self>, name: Name) -> Result<Verify> {
         let (node, by) = (self.node.clone(), name.clone());
@@ -470,6 +518,110 @@ impl Service {
         self.replica(name).await
     }
 
+    /// Prepares a replica's move to another disk.
+    pub async fn prepare_move(self: &Arc<Self>, name: Name, to: Migrate) -> Result<Rework> {
+        let disk = self.disk(to.disk.parse()?).await?.name;
+        self.rework(name, What::Move(disk), to.rate_bytes).await
+    }
+
+    /// Prepares to free a replica of its image.
+    pub async fn prepare_flatten(self: &Arc<Self>, name: Name, how: Flatten) -> Result<Rework> {
+        self.rework(name, What::Flatten, how.rate_bytes).await
+    }
+
+    async fn rework(self: &Arc<Self>, name: Name, what: What, rate: Option<u64>) -> Result<Rework> {
+        let replica = self.replica(name).await?.status;
+        Ok(Rework { service: self.clone(), replica, what, rate: rate.unwrap_or(RATE) })
+    }
+
+    /// Takes a replica up where it was before a move that was interrupted.
+    pub async fn settle_replica(&self, name: Name) -> Result<ReplicaView> {
+        let node = self.node.clone();
+        let status = blocking(move || node.settle_replica(&name)).await?;
+        tracing::info!(replica = %status.name, disk = %status.disk, "an interrupted move is given up");
+        Ok(self.replica_view(status, None))
+    }
+
+    /// Prepares the export of a replica's content.
+    pub async fn prepare_export(
+        self: &Arc<Self>,
+        name: Name,
+        options: ExportOptions,
+    ) -> Result<Export> {
+        let ReplicaView { status, clients, .. } = self.replica(name).await?;
+        let over = match (options.overlay, status.digest) {
+            (false, _) => None,
+            (true, Some(digest)) => {
+                let image = self.image(digest.to_string().parse()?).await?.status;
+                Some((image.size, image.source))
+            }
+            (true, None) => {
+                let what = format!(
+                    "replica {}: it stands on no image: export it whole, without --overlay",
+                    status.name
+                );
+                return Err(Error::new(Kind::Invalid, what));
+            }
+        };
+        let (replica, watch) = self.exports.watch(&status, &options, &clients).await?;
+        Ok(Export {
+            service: self.clone(),
+            header: export::header(&status, over, replica.overlay().size()),
+            device: AnyDevice::Replica(replica),
+            watch,
+            what: format!("replica {}", status.name),
+            replica: (!options.live).then_some(status),
+        })
+    }
+
+    /// Prepares the export of an image's content.
+    pub async fn prepare_image_export(self: &Arc<Self>, name: Name) -> Result<Export> {
+        let status = self.image(name.clone()).await?.status;
+        let base = self.exports.base(status.digest).await?;
+        Ok(Export {
+            service: self.clone(),
+            header: Header { size: status.size, over: None },
+            device: AnyDevice::Base(base),
+            watch: None,
+            what: format!("image {name}"),
+            replica: None,
+        })
+    }
+
+    /// Prepares a replica whose overlay is sent along.
+    pub async fn prepare_overlay(
+        self: &Arc<Self>,
+        name: Name,
+        options: ImportOptions,
+    ) -> Result<ImportOverlay> {
+        name.for_new()?;
+        let disk = self.disk(options.disk.parse()?).await?.name;
+        Ok(ImportOverlay { service: self.clone(), name, disk })
+    }
+
+    /// Prepares the emptying of a disk.
+    pub async fn prepare_drain(self: &Arc<Self>, name: Name, drain: Drain) -> Result<DrainDisk> {
+        let disk = self.disk(name).await?.name;
+        let mut to = Vec::new();
+        for other in drain.to {
+            to.push(self.disk(other.parse()?).await?.name);
+        }
+        let rate = drain.rate_bytes.unwrap_or(RATE);
+        Ok(DrainDisk { service: self.clone(), disk, to, rate })
+    }
+
+    /// From now on a disk takes nothing new, or does again.
+    pub async fn set_draining(&self, name: &Name, draining: bool) -> Result<DiskStatus> {
+        let (node, by) = (self.node.clone(), name.clone());
+        let disk = blocking(move || node.set_draining(&by, draining)).await?;
+        tracing::info!(disk = %name, draining, "disk changed");
+        Ok(disk)
+    }
+
+    pub(super) fn exports(&self) -> &Exports {
+        &self.exports
+    }
+
     /// Empties caches.
     pub async fn clear_caches(&self, clear: ClearCache) -> Result<Cleared> {
         let disk = parsed(clear.disk)?;
@@ -535,6 +687,7 @@ impl Service {
             uptime: self.started.elapsed(),
             health: Some(&self.health),
             scrubbed: self.scrub.figures(),
+            kept: self.keeping.figures(),
             promotion: Some(self.promotion.metrics()),
             probes: Some(self.promotion.probe_metrics()),
         };

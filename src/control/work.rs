@@ -4,26 +4,38 @@
 //! prepared and never begun leaves nothing behind.
 
 use std::{
-    sync::{Arc, atomic::Ordering},
+    cmp::Reverse,
+    sync::{
+        Arc,
+        atomic::{AtomicU32, Ordering},
+    },
     time::{Duration, Instant},
 };
 
 use crate::{
-    catalog::{Digest, ImageMeta, Name, StagedCopy},
+    catalog::{
+        COPIES_MAX, Digest, DiskState, DiskStatus, ImageMeta, Name, ReplicaStatus, StagedCopy,
+    },
     control::{
-        api::{CopyVerification, ImageView, ProfileView, Verification},
+        api::{
+            CopyVerification, Drained, ImageView, MovedReplica, ProfileView, Reworked, Verification,
+        },
+        copying::Order,
         event::Progress,
         job::Job,
+        moves::Course,
         promotion::Promotion,
         service::Service,
     },
-    error::{Kind, Result},
+    error::{Error, Kind, Result},
     image::{self, ChunkTable, Format, ImportRequest, Source},
     units::{CHUNK, Chunk},
 };
 
 /// Damaged chunks that a verification names.
 const BAD_TOLD: usize = 1000;
+/// Bytes that stay free on a disk that takes a replica from another.
+const SPARE: u64 = 64 << 20;
 
 /// An import that can begin.
 pub struct Import {
@@ -58,6 +70,59 @@ impl Import {
             "image imported"
         );
         Ok(self.service.image_view(status))
+    }
+}
+
+/// Copies that can be made.
+pub struct Copies {
+    pub(super) service: Arc<Service>,
+    pub(super) name: Name,
+    pub(super) digest: Digest,
+    /// The disk for one more; otherwise as many as are wanted.
+    pub(super) disk: Option<Name>,
+    pub(super) anyhow: bool,
+}
+
+impl Copies {
+    /// Makes them. Blocks.
+    pub fn run(self, job: &Job) -> Result<ImageView> {
+        let node = self.service.node();
+        let made = AtomicU32::new(0);
+        let report = |done, all| {
+            job.report(Progress {
+                phase: format!("copy {}", made.load(Ordering::Relaxed) + 1),
+                done_bytes: done,
+                total_bytes: Some(all),
+                source_bytes: 0,
+            });
+        };
+        let make = |disk| {
+            self.service.keeping().copying().make(&Order {
+                digest: self.digest,
+                disk,
+                anyhow: self.anyhow,
+                rate: None,
+                cancel: job.cancel(),
+                report: &report,
+            })
+        };
+        let within = |error: Error| error.within(format!("image {}", self.name));
+        if let Some(disk) = &self.disk {
+            let (_, status) = make(Some(disk)).map_err(within)?;
+            let ready = node.ready_copies(self.digest).len() as u32;
+            // Otherwise it would be one too many, and go.
+            if status.wanted_copies.unwrap_or(1) < ready {
+                node.want_copies(&self.name, ready.min(COPIES_MAX))?;
+            }
+        } else {
+            let wanted = node.image(&self.name)?.wanted_copies.unwrap_or(1);
+            while (node.ready_copies(self.digest).len() as u32) < wanted {
+                let (disk, _) = make(None).map_err(within)?;
+                tracing::info!(image = %self.name, %disk, "a copy was made");
+                made.fetch_add(1, Ordering::Relaxed);
+            }
+        }
+        Ok(self.service.image_view(node.image(&self.name)?))
     }
 }
 
@@ -158,6 +223,166 @@ impl From<image::Progress> for Progress {
             source_bytes: progress.source_bytes,
         }
     }
+}
+
+/// Work on a replica in use that can begin.
+pub struct Rework {
+    pub(super) service: Arc<Service>,
+    pub(super) replica: ReplicaStatus,
+    pub(super) what: What,
+    /// Bytes a second; 0 for no bound.
+    pub(super) rate: u64,
+}
+
+/// What is done to a replica.
+pub enum What {
+    /// It moves to this disk.
+    Move(Name),
+    /// It is freed of its image.
+    Flatten,
+}
+
+impl Rework {
+    /// Does it, to its end. Blocks.
+    pub fn run(self, job: &Job) -> Result<Reworked> {
+        tokio::runtime::Handle::current().block_on(self.work(job))
+    }
+
+    async fn work(self, job: &Job) -> Result<Reworked> {
+        let Rework { service, replica, what, rate } = self;
+        let exports = service.exports();
+        let phase = match &what {
+            What::Move(disk) => format!("moving to {disk}"),
+            What::Flatten => "copying the image".to_owned(),
+        };
+        let mut course = Course::new(job, phase, rate);
+        let (copied_bytes, paused) = match what {
+            What::Move(disk) => {
+                let moved = exports.move_replica(&replica, &disk, &mut course).await?;
+                (moved.copied, moved.paused)
+            }
+            What::Flatten => {
+                (exports.flatten_replica(&replica, &mut course).await?, Duration::ZERO)
+            }
+        };
+        let replica = service.replica(replica.id.to_string().parse()?).await?;
+        Ok(Reworked { replica, copied_bytes, paused_ms: paused.as_secs_f64() * 1000.0 })
+    }
+}
+
+/// The emptying of a disk that can begin.
+pub struct DrainDisk {
+    pub(super) service: Arc<Service>,
+    pub(super) disk: Name,
+    /// The disks that may take what is on it; any if there are none.
+    pub(super) to: Vec<Name>,
+    pub(super) rate: u64,
+}
+
+impl DrainDisk {
+    /// Moves every replica away, and every copy that is wanted. What was moved before it was given up
+    /// stays moved. Blocks.
+    pub fn run(self, job: &Job) -> Result<Drained> {
+        let moved = tokio::runtime::Handle::current().block_on(self.move_replicas(job))?;
+        let copies = self.move_copies(job)?;
+        let disk = self.service.node().disk(&self.disk)?;
+        Ok(Drained { disk, moved, copies })
+    }
+
+    /// Puts copies elsewhere as far as they are wanted, and gives up those that are here. Blocks.
+    fn move_copies(&self, job: &Job) -> Result<Vec<String>> {
+        let node = self.service.node();
+        let mut gone = Vec::new();
+        for (digest, disk, _) in node.all_ready_copies() {
+            if disk != self.disk {
+                continue;
+            }
+            let image = node.image(&digest.to_string().parse()?)?;
+            let name = image.names.first().map_or_else(|| digest.to_string(), Name::to_string);
+            let within = |error: Error| error.within(format!("image {name}"));
+            let wanted = image.wanted_copies.unwrap_or(1).max(1) as usize;
+            let elsewhere = || {
+                let ready = node.ready_copies(digest);
+                ready.iter().filter(|(disk, _)| *disk != self.disk).count()
+            };
+            while elsewhere() < wanted {
+                let report = |done, all| {
+                    job.report(Progress {
+                        phase: format!("image {name}"),
+                        done_bytes: done,
+                        total_bytes: Some(all),
+                        source_bytes: 0,
+                    });
+                };
+                let made = self.service.keeping().copying().make(&Order {
+                    digest,
+                    disk: None,
+                    anyhow: false,
+                    rate: (self.rate > 0).then_some(self.rate),
+                    cancel: job.cancel(),
+                    report: &report,
+                });
+                let (disk, _) = made.map_err(within)?;
+                tracing::info!(image = name, %disk, "a copy was made: another leaves its disk");
+            }
+            node.remove_copy_on(&digest.to_string().parse()?, &self.disk, false).map_err(within)?;
+            gone.push(name);
+        }
+        Ok(gone)
+    }
+
+    async fn move_replicas(&self, job: &Job) -> Result<Vec<MovedReplica>> {
+        let DrainDisk { service, disk, to, rate } = self;
+        let rate = *rate;
+        service.set_draining(disk, true).await?;
+        let replicas = service.replicas().await?;
+        let on_it: Vec<_> =
+            replicas.into_iter().map(|view| view.status).filter(|it| it.disk == *disk).collect();
+        let (count, mut moved) = (on_it.len(), Vec::new());
+        for (number, replica) in (1..).zip(on_it) {
+            let disks = service.disks().await?;
+            let target = target_of(&disks, disk, to, replica.stored_bytes)
+                .map_err(|error| error.within(format!("replica {}", replica.name)))?;
+            let phase = format!("{number} of {count}: {} to {target}", replica.name);
+            let mut course = Course::new(job, phase, rate);
+            course.check()?;
+            let done = service.exports().move_replica(&replica, &target, &mut course).await?;
+            moved.push(MovedReplica {
+                name: replica.name.to_string(),
+                disk: target.to_string(),
+                copied_bytes: done.copied,
+                paused_ms: done.paused.as_secs_f64() * 1000.0,
+            });
+        }
+        Ok(moved)
+    }
+}
+
+/// Which disk takes a replica of `bytes` that leaves `from`: of the same tier before others, one that
+/// does not fail with it before those that do, then the one with most free space. Pure.
+fn target_of(disks: &[DiskStatus], from: &Name, allowed: &[Name], bytes: u64) -> Result<Name> {
+    let home = disks.iter().find(|disk| disk.name == *from);
+    let tier = home.and_then(|disk| disk.tier);
+    let room = bytes.saturating_add(bytes / 16).saturating_add(SPARE);
+    let fit = disks.iter().filter(|disk| {
+        disk.name != *from
+            && (allowed.is_empty() || allowed.contains(&disk.name))
+            && disk.state == DiskState::Present
+            && !disk.pool
+            && !disk.draining
+            && disk.free_bytes >= room
+    });
+    let best = fit.max_by_key(|disk| {
+        let apart = !disk.fails_with.contains(from);
+        (disk.tier == tier, apart, disk.free_bytes, Reverse(disk.name.clone()))
+    });
+    best.map(|disk| disk.name.clone()).ok_or_else(|| {
+        let what = format!(
+            "no disk can take it from disk {from}: it needs {room} bytes on one that is there, takes \
+             replicas and is not drained itself; free some, or add one"
+        );
+        Error::new(Kind::NoSpace, what)
+    })
 }
 
 /// A recording that has begun.

@@ -23,9 +23,10 @@ use std::{
 use bitvec::vec::BitVec;
 
 use super::{
-    format::{BLOCKS_PER_PAGE, MAX_RUN, RECORDS, RUNS_PER_RECORD, Run, State, WORDS},
+    dirty::Dirty,
+    format::{BLOCKS_PER_PAGE, MAX_RUN, RECORDS, RUNS_PER_RECORD, Run, State, Superblock, WORDS},
     map::Map,
-    tail::Tail,
+    tail::{Place, Tail},
 };
 
 /// Pending runs past which nobody changes more before there was a commit, at most: it is as much as the
@@ -46,6 +47,8 @@ pub struct Changes {
     taken: AtomicUsize,
     limit: usize,
     session: u64,
+    /// What a copy lacks that is being made.
+    dirty: Dirty,
 }
 
 struct Pending {
@@ -141,6 +144,7 @@ impl Changes {
             taken: AtomicUsize::new(0),
             limit: room.min(LIMIT),
             session,
+            dirty: Dirty::default(),
         }
     }
 
@@ -159,6 +163,16 @@ impl Changes {
     /// What is not durable is lost: nobody is to find it.
     pub fn void(&self) {
         self.pending().tail.void();
+    }
+
+    /// From now on the tail is kept in `place`. Nothing is pending.
+    pub fn keep_tail(&self, place: Option<Place>, superblock: &Superblock) {
+        self.pending().tail.keep_in(place, superblock);
+    }
+
+    /// What a copy lacks that is being made.
+    pub fn dirty(&self) -> &Dirty {
+        &self.dirty
     }
 
     /// The states as they are now.
@@ -189,7 +203,8 @@ impl Changes {
         }
         let mut pending = self.pending();
         pending.keep(blocks.clone(), State::Data);
-        pending.change(&self.map, blocks, State::Data);
+        pending.change(&self.map, blocks.clone(), State::Data);
+        self.dirty.mark(blocks);
         self.count.store(pending.taken.runs.len(), Ordering::Relaxed);
     }
 
@@ -206,6 +221,7 @@ impl Changes {
                 }
                 pending.keep(block..end, State::Zero);
                 pending.change(&self.map, block..end, State::Zero);
+                self.dirty.mark(block..end);
                 if state == State::Data {
                     pending.taken.punch_later(block..end);
                 }
@@ -341,7 +357,6 @@ pub(super) fn mark(pages: &mut BitVec, page: u64) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::cow::format::Superblock;
 
     fn changes() -> Changes {
         let superblock = Superblock {

@@ -86,6 +86,11 @@ impl Journal {
         }
     }
 
+    /// The newest that is durable.
+    pub(super) fn superblock(&self) -> &Superblock {
+        &self.superblock
+    }
+
     /// How many runs fit the rest of the journal.
     fn room(&self) -> usize {
         match self.appends {

@@ -4,13 +4,14 @@
 //! and grow one replica on a simulated disk ([`crate::io::sim`]); the power is cut or the process
 //! killed at some step, during recovery and the first checkpoint too; the replica is opened again,
 //! and every sector must hold something that the model allows. Then it goes on, through the next
-//! crash.
+//! crash. Now and then the replica moves to other files meanwhile, or copies up its image.
 //!
 //! [`exhaust`] leaves nothing to chance instead: all short sequences of operations, cut at every
 //! step, in several ways.
 //!
 //! A violation names its seed, and the same seed takes the same course.
 
+mod errand;
 mod exhaust;
 mod guest;
 mod model;
@@ -60,6 +61,12 @@ pub enum Mutant {
     ForgetfulTail,
     /// A tail that something is missing from says that it holds all the same.
     BoastfulTail,
+    /// Syncs of the data file that a replica moves to are acknowledged and do nothing.
+    UnsyncedTarget,
+    /// A move ends while guests go on.
+    OpenGate,
+    /// A move is said to have ended before it has.
+    EarlySwitch,
 }
 
 /// Figures of one run, or of many.
@@ -79,6 +86,8 @@ pub struct Outcome {
     pub failures: u64,
     /// Checkpoints.
     pub checkpoints: u64,
+    /// Moves and flattenings that came to their end.
+    pub errands: u64,
 }
 
 impl Outcome {
@@ -97,6 +106,7 @@ impl AddAssign for Outcome {
         self.flushes += other.flushes;
         self.failures += other.failures;
         self.checkpoints += other.checkpoints;
+        self.errands += other.errands;
     }
 }
 
@@ -105,7 +115,7 @@ impl fmt::Display for Outcome {
         write!(
             f,
             "{} runs, {} crashes ({} power cuts, {} kills), {} operations, {} flushes, {} \
-             checkpoints, {} injected failures",
+             checkpoints, {} moves and flattenings, {} injected failures",
             self.runs,
             self.crashes(),
             self.cuts,
@@ -113,6 +123,7 @@ impl fmt::Display for Outcome {
             self.operations,
             self.flushes,
             self.checkpoints,
+            self.errands,
             self.failures
         )
     }
@@ -208,8 +219,9 @@ fn round(node: &mut Node, rng: &mut fastrand::Rng, outcome: &mut Outcome) -> Res
         _ => node.open()?,
     };
     if let Some(overlay) = opened {
+        let errand = node.errand(rng);
         let guests = Guests::new(node, overlay, rng.fork());
-        let end = guests.work(rng.usize(1..=4), rng.usize(1..=24), steps);
+        let end = guests.work(rng.usize(1..=4), rng.usize(1..=24), errand, steps);
         guests.report(outcome)?;
         match end {
             End::Stuck => return Err("guests wait for each other forever".to_owned()),

@@ -31,22 +31,29 @@ pub mod format;
 
 mod changes;
 mod commit;
+mod dirty;
+mod flatten;
+mod gate;
 mod locks;
 mod map;
 mod overlay;
 mod plan;
 mod read;
 mod recover;
+mod relocate;
 pub mod tail;
 mod write;
 mod zero;
 
 use std::{future::Future, ops::Range, time::Duration};
 
+pub use flatten::Flattened;
+pub use gate::{Closed, Gate, Inside};
 pub(crate) use locks::{Mode as LockMode, RangeLocks};
 pub(crate) use overlay::run_all;
 pub use overlay::{Overlay, Stats};
 pub use plan::{Plan, Segment, Source};
+pub use relocate::{Relocation, Watch};
 
 use crate::{
     error::Result,

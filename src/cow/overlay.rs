@@ -20,7 +20,7 @@ use super::{
     Base,
     changes::Changes,
     commit::Journal,
-    format::{self, check_size},
+    format::{self, State, check_size},
     locks::RangeLocks,
     plan::Plan,
     recover,
@@ -29,7 +29,7 @@ use super::{
 use crate::{
     error::{Error, Kind, Result},
     io::Io,
-    units::check_range,
+    units::{self, BLOCK, check_range},
 };
 
 /// I/O operations that one request has in flight at most.
@@ -62,6 +62,18 @@ pub(super) struct Counters {
     pub(super) checkpoints: AtomicU64,
     pub(super) copied_up: AtomicU64,
     pub(super) punched: AtomicU64,
+    flattened: AtomicU64,
+}
+
+impl Counters {
+    /// Blocks that were copied up so that the overlay needs no image.
+    pub(super) fn flattened(&self) -> u64 {
+        self.flattened.load(Ordering::Relaxed)
+    }
+
+    pub(super) fn add_flattened(&self, blocks: u64) {
+        self.flattened.fetch_add(blocks, Ordering::Relaxed);
+    }
 }
 
 /// Figures of an overlay, since it was opened where they count events.
@@ -122,6 +134,11 @@ impl<I: Io> Overlay<I> {
         })
     }
 
+    /// Its identity.
+    pub fn id(&self) -> Uuid {
+        self.id
+    }
+
     /// Bytes of the device.
     pub fn size(&self) -> u64 {
         self.size.load(Ordering::Acquire)
@@ -141,6 +158,14 @@ impl<I: Io> Overlay<I> {
     ) -> Result<Plan<'a, I, B>> {
         let end = check_range(offset, len, self.size())?;
         Ok(Plan::new(self.changes.map(), base, offset..end))
+    }
+
+    /// What the overlay itself holds from the block at `offset` on, and where that ends, in bytes:
+    /// pure, no I/O. `offset` is a multiple of 4096 below the size.
+    pub fn own(&self, offset: u64) -> (State, u64) {
+        let blocks = offset / BLOCK..units::blocks(self.size());
+        let (state, end) = self.changes.map().run(blocks);
+        (state, (end * BLOCK).min(self.size()))
     }
 
     /// Figures.
@@ -163,6 +188,13 @@ impl<I: Io> Overlay<I> {
         self.commit_size(io, size).await
     }
 
+    /// From now on, what is not durable yet outlives the process in `place`. For an overlay that has
+    /// just taken another's place, all of it flushed; nobody uses it yet.
+    pub async fn keep_tail(&self, place: Option<Place>) {
+        let journal = self.journal.lock().await;
+        self.changes.keep_tail(place, journal.superblock());
+    }
+
     /// An error if the overlay is poisoned.
     pub(super) fn check_poison(&self) -> Result<()> {
         match self.poison.get() {
@@ -179,7 +211,7 @@ impl<I: Io> Overlay<I> {
     }
 
     /// Poisons the overlay; the first reason stays.
-    pub(super) fn poison(&self, reason: impl Into<String>) {
+    pub(crate) fn poison(&self, reason: impl Into<String>) {
         let reason = reason.into();
         if self.poison.set(reason.clone()).is_ok() {
             tracing::error!(overlay = %self.id, reason, "overlay poisoned");
@@ -187,7 +219,11 @@ impl<I: Io> Overlay<I> {
     }
 
     /// An error of an operation on one of the files, in words.
-    pub(super) fn failed(&self, what: impl std::fmt::Display, error: std::io::Error) -> Error {
+    pub(in crate::cow) fn failed(
+        &self,
+        what: impl std::fmt::Display,
+        error: std::io::Error,
+    ) -> Error {
         Error::io(format!("overlay {}: {what}", self.id), error)
     }
 }

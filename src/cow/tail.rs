@@ -116,16 +116,7 @@ impl Tail {
     /// Takes up the tail in `place` of the overlay whose map says `superblock`, or begins a new one.
     /// What is to be replayed, in order.
     pub(super) fn open(place: Option<Place>, superblock: &Superblock) -> (Tail, Vec<Run>) {
-        let place = place.filter(|place| place.memory.words().len() >= HEAD + RUN);
-        // Also before it is read: reading takes memory too.
-        let place = place.filter(|place| {
-            let there = place.memory.reserve(0);
-            if !there {
-                tracing::warn!(overlay = %superblock.id, "no memory for what is not flushed yet: \
-                    it is lost should the daemon be killed");
-            }
-            there
-        });
+        let place = usable(place, superblock.id);
         let mut tail = Tail {
             place,
             id: superblock.id,
@@ -142,6 +133,13 @@ impl Tail {
             Vec::new()
         });
         (tail, runs)
+    }
+
+    /// From now on it is kept in `place`, over whatever stands there: that of an overlay whose place
+    /// this one has taken. Nothing is pending.
+    pub(super) fn keep_in(&mut self, place: Option<Place>, superblock: &Superblock) {
+        self.place = usable(place, superblock.id);
+        self.begin(superblock);
     }
 
     /// What commits of this session put into their superblocks; never 0.
@@ -293,6 +291,20 @@ impl Tail {
         // What is written from here on may be over what it held.
         compiler_fence(Ordering::SeqCst);
     }
+}
+
+/// `place`, if there is memory to keep a tail in.
+fn usable(place: Option<Place>, id: Uuid) -> Option<Place> {
+    let place = place.filter(|place| place.memory.words().len() >= HEAD + RUN);
+    // Also before it is read: reading takes memory too.
+    place.filter(|place| {
+        let there = place.memory.reserve(0);
+        if !there {
+            tracing::warn!(overlay = %id, "no memory for what is not flushed yet: it is lost \
+                should the daemon be killed");
+        }
+        there
+    })
 }
 
 fn new_session() -> u64 {

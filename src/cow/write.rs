@@ -7,7 +7,7 @@
 //! - A block that is copied up takes all 4 KiB of the image's, also beyond the device's end: should
 //!   the device grow, what appears there is what the image holds.
 
-use std::sync::atomic::Ordering;
+use std::{ops::Range, sync::atomic::Ordering};
 
 use super::{
     Base,
@@ -132,15 +132,21 @@ impl<I: Io> Overlay<I> {
     /// Writes `buf` to the data file, through aligned memory where the file wants it. Offset and
     /// length are aligned.
     pub(super) async fn write_data(&self, io: &I, offset: u64, buf: Buf) -> Result<()> {
-        let align = io.align(&self.data);
+        let (align, end) = (io.align(&self.data), offset + buf.len() as u64);
         let written = if is_aligned(align, offset, &buf) {
             io.write(&self.data, buf, offset).await
         } else {
             self.write_bounced(io, offset, &buf).await
         };
         // Also after an error: parts of it may stand in the file.
-        self.writes.fetch_add(1, Ordering::Release);
+        self.written(offset..end);
         written.map_err(|error| self.failed(format_args!("writing data at {offset}"), error))
+    }
+
+    /// A write to these bytes of the data file has ended.
+    pub(super) fn written(&self, bytes: Range<u64>) {
+        self.writes.fetch_add(1, Ordering::Release);
+        self.changes.dirty().mark(bytes.start / BLOCK..units::blocks(bytes.end));
     }
 
     async fn write_bounced(&self, io: &I, offset: u64, buf: &Buf) -> std::io::Result<()> {

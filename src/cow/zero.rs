@@ -122,7 +122,7 @@ impl<I: Io> Overlay<I> {
     /// Zeros whole blocks of the data file and keeps their space allocated.
     async fn zero_in_place(&self, io: &I, bytes: Range<u64>) -> Result<()> {
         let zeroed = io.zero(&self.data, bytes.clone()).await;
-        self.writes.fetch_add(1, Ordering::Release);
+        self.written(bytes.clone());
         let zeroed = zeroed
             .map_err(|error| self.failed(format_args!("zeroing data at {}", bytes.start), error));
         match zeroed {

@@ -75,7 +75,7 @@ impl Patience {
 pub struct Disk {
     name: String,
     tier: Option<Tier>,
-    /// Reads of copies on it, as long as they took.
+    /// Short reads of copies on it, as long as they took.
     pub reads: Histogram,
     errors: AtomicU64,
     late: AtomicU64,
@@ -164,9 +164,9 @@ impl Disk {
         Reading { disk: self }
     }
 
-    fn end(&self, took: Duration, good: bool) {
+    fn end(&self, took: Option<Duration>, good: bool) {
         self.ended.fetch_add(1, Ordering::Relaxed);
-        self.reads.record(took);
+        took.into_iter().for_each(|took| self.reads.record(took));
         if good {
             if self.failures.load(Ordering::Relaxed) != 0 {
                 self.failures.store(0, Ordering::Relaxed);
@@ -200,8 +200,8 @@ pub(super) struct Reading<'a> {
 }
 
 impl Reading<'_> {
-    /// It ended, well or not.
-    pub(super) fn end(self, took: Duration, good: bool) {
+    /// It ended, well or not; `took` if that says how fast the disk is.
+    pub(super) fn end(self, took: Option<Duration>, good: bool) {
         self.disk.end(took, good);
         std::mem::forget(self);
     }
@@ -233,7 +233,7 @@ mod tests {
     #[test]
     fn it_fails_after_failures_in_a_row_and_is_silent_when_nothing_ends() {
         let disk = Disk::new("a", None, 64);
-        let read = |good| disk.begin().end(Duration::from_micros(80), good);
+        let read = |good| disk.begin().end(Some(Duration::from_micros(80)), good);
         for _ in 0..3 {
             (1..FAILURES).for_each(|_| read(false));
             read(true);

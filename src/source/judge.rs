@@ -1,8 +1,8 @@
 //! Which disks are in trouble: a pure function of what their reads took, window by window.
 //!
-//! A disk is slow when its median is more than [`TIMES`] that of its peers, the other disks of its tier,
-//! in [`SLOW`] of [`WINDOWS`] windows; silent when reads are under way and none ends for [`SILENCE`]. It
-//! is well again after [`Settings::clean`] in which it was tried once a tick and answered as it should.
+//! A disk is slow when its median is more than twice that of its peers, the other disks of its tier, in five
+//! of six windows; silent when reads are under way and none ends for two seconds. It is well again after a
+//! while in which it was tried once a tick and answered as it should.
 
 use std::{
     collections::{HashMap, VecDeque},

@@ -131,7 +131,7 @@ struct Counters {
     raced: AtomicU64,
 }
 
-/// [`Counters`], as of now.
+/// What happened to the reads of an image, as of now.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Figures {
     /// Reads of images with several copies.
@@ -234,7 +234,7 @@ impl<I: Io> Sources<I> {
     }
 }
 
-/// How many reads may be asked for twice: one in [`Budget::SHARE`].
+/// How many reads may be asked for twice.
 struct Budget(AtomicI64);
 
 impl Default for Budget {

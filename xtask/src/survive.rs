@@ -7,7 +7,7 @@
 
 use std::fs::{self, OpenOptions};
 use std::os::unix::fs::FileExt;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -22,7 +22,6 @@ use crate::place::Profile;
 use crate::report::Report;
 use crate::slow::{Illness, SlowDisk};
 use crate::subject::text;
-use crate::tool::tool;
 use crate::{pattern, setup};
 
 /// Size of the image, in bytes.
@@ -53,6 +52,7 @@ pub fn run(lab: &Lab, hang: Duration, timed: bool, report: &mut Report) {
         .check("survive: a copy's disk hangs", || ill(lab, "silent", Illness::Silent, hang, timed));
     report.check("survive: a copy is damaged", || damaged(lab));
     report.check("survive: a copy's disk is pulled", || pulled(lab));
+    report.check("survive: a lost copy is made anew, and a surplus one goes", || rebuilt(lab));
     report.check("survive: the only copy hangs", || only(lab, hang.min(Duration::from_secs(10))));
     if timed {
         report.check("survive: two reads in a hundred are slow", || hedged(lab));
@@ -80,8 +80,8 @@ impl Node {
         let c = LoopDisk::new(&dir, "c", DISK, Fs::Ext4)?;
         // Nothing is promoted: reads are to come from the copies.
         let settings = "image_io = \"direct\"\ncache_percent = 0\nprobes = false\nthreads = 1\n\
-                        clean_seconds = 3\n";
-        let mut daemon = Daemon::start(lab, &dir, name, Profile::Debug, settings)?;
+                        clean_seconds = 3\nrebuild_after_seconds = 4\n";
+        let daemon = Daemon::start(lab, &dir, name, Profile::Debug, settings)?;
         for (path, name) in [(&a.path, "a"), (&b.path, "b"), (&c.path, "c")] {
             daemon.ok(&["disk", "add", text(path)?, "--name", name, "--tier=ssd"])?;
         }
@@ -89,12 +89,7 @@ impl Node {
         daemon.ok(&["replica", "create", "vm", "--image=base", "--disk=c"])?;
         fs::remove_file(&raw)?;
         if copies > 1 {
-            daemon.stop()?;
-            let images = |path: &Path| path.join("underlay/images");
-            tool("cp", ["-a", "--sparse=always"])
-                .args([images(&a.path).join("."), images(&b.path)])
-                .run()?;
-            daemon.restart()?;
+            daemon.ok(&["image", "copy", "base", "--to=b"])?;
         }
         Ok(Node { daemon, content, dir, a, _b: b, _c: c })
     }
@@ -191,6 +186,8 @@ fn damaged(lab: &Lab) -> Result<String> {
         Ok(())
     };
     compare(&mut client, &node.content)?;
+    // Some of the chunks were read from B only, because that was faster.
+    node.daemon.ok(&["image", "verify", "base"])?;
     let started = Instant::now();
     while node.metric("underlay_repaired_chunks_total")? < chunks.len() as f64 {
         let limit = Duration::from_secs(20);
@@ -236,6 +233,46 @@ fn pulled(lab: &Lab) -> Result<String> {
     daemon.ok(&["fsck"])?;
     daemon.stop()?;
     Ok(told)
+}
+
+/// A's device vanishes; its copy is made anew on C. When A is back, one of the three goes.
+fn rebuilt(lab: &Lab) -> Result<String> {
+    let node = Node::new(lab, "rebuilt", 2)?;
+    let load = node.load()?;
+    let copies = |daemon: &Daemon| -> Result<Vec<String>> {
+        let image = daemon.json(&["image", "inspect", "base"])?;
+        let copies = image["copies"].as_array().context("no copies")?;
+        let ready = copies.iter().filter(|copy| copy["state"] == "ready");
+        Ok(ready.map(|copy| copy["disk"].as_str().unwrap_or_default().to_owned()).collect())
+    };
+    let until = |daemon: &Daemon, metric: &str| -> Result<Duration> {
+        let started = Instant::now();
+        while daemon.metric(metric)? < 1.0 {
+            let limit = Duration::from_secs(60);
+            ensure!(started.elapsed() < limit, "no {metric}: {}", daemon.log_text());
+            thread::sleep(Duration::from_millis(200));
+        }
+        Ok(started.elapsed())
+    };
+    let Node { mut daemon, content, dir, mut a, _b, _c } = node;
+    a.pull()?;
+    let took = until(&daemon, "underlay_copies_made_total")?;
+    let after = copies(&daemon)?;
+    ensure!(after.contains(&"c".to_owned()), "the copies are on {after:?}");
+    load.end()?;
+    daemon.stop()?;
+    drop(a);
+    let _back = SlowDisk::plug(&dir, "a")?;
+    daemon.restart()?;
+    until(&daemon, "underlay_copies_removed_total")?;
+    let left = copies(&daemon)?;
+    ensure!(left.len() == 2, "the copies are on {left:?}");
+    let read = Client::open(daemon.nbd(), "replica/vm")?.read_all(SIZE)?;
+    ensure!(pattern::differ(&read, &content).is_none(), "not the image's content");
+    daemon.ok(&["image", "verify", "base"])?;
+    daemon.ok(&["fsck"])?;
+    daemon.stop()?;
+    Ok(format!("another was made after {:.0} s; then left on {left:?}", took.as_secs_f64()))
 }
 
 /// The only copy hangs: who needs it waits, and nobody else.

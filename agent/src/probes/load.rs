@@ -1,19 +1,20 @@
 //! Loading: the object, the offsets of this kernel, the sizes of maps; then attaching.
 
+use std::fs;
 use std::io;
 use std::os::fd::AsFd;
 
-use aya::EbpfLoader;
 use aya::maps::{Map, MapError};
-use aya::programs::TracePoint;
-use aya::programs::trace_point::TracePointLinkId;
+use aya::programs::BtfTracePoint;
+use aya::programs::tp_btf::BtfTracePointLinkId;
+use aya::{Btf, EbpfLoader, Endianness};
 use underlay_agent_ebpf as layout;
 
 use super::sets::Sets;
 use super::{BIO_COMPLETE, PROGRAMS, Probes, program, refused};
 use crate::error::{Error, Result};
+use crate::kernel::{self, Tracepoint};
 use crate::sys::{Plain, Table};
-use crate::tracefs;
 
 #[cfg(embedded)]
 static OBJECT: Option<&[u8]> = Some(aya::include_bytes_aligned!(env!("UNDERLAY_PROBES_OBJECT")));
@@ -29,37 +30,26 @@ pub fn embedded() -> bool {
 pub(super) fn load(slots: u32) -> Result<Probes> {
     let object = OBJECT.ok_or(Error::NotBuilt)?;
     let slots = slots.clamp(1, layout::SLOTS);
-    let tracefs = tracefs::find()?;
-    let globals = [
-        ("BIO_QUEUE", tracefs::BIO_QUEUE),
-        ("BIO_SPLIT", tracefs::BIO_SPLIT),
-        ("BIO_COMPLETE", tracefs::BIO_COMPLETE),
-        ("RQ_ISSUE", tracefs::RQ_ISSUE),
-        ("RQ_REQUEUE", tracefs::RQ_REQUEUE),
-        ("RQ_COMPLETE", tracefs::RQ_COMPLETE),
-    ];
-    let fields = globals.map(|(name, tracepoint)| (name, tracefs::fields(&tracefs, &tracepoint)));
-    let mut offsets = Vec::with_capacity(fields.len());
-    for (name, fields) in fields {
-        offsets.push((name, Plain(fields?)));
-    }
-    let shards = shards()?;
+    let types = kernel::types()?;
+    let offsets = Plain(kernel::offsets(&types)?);
+    let types = Btf::parse(types.bytes(), Endianness::default());
+    let types = types.map_err(|error| refused("reading the kernel's BTF".into(), &error))?;
+    let (shards, alone) = shards()?;
     let mut loader = EbpfLoader::new();
-    for (name, fields) in &offsets {
-        loader.override_global(name, fields, true);
-    }
+    loader.btf(Some(&types));
+    loader.override_global("OFFSETS", &offsets, true);
     loader.override_global("SHARDS", &shards, true);
-    loader.map_max_entries("COUNTERS", slots * shards);
+    loader.override_global("ALONE", &alone, true);
+    loader.map_max_entries("COUNTERS", slots * (shards + 1));
     let mut ebpf = loader.load(object).map_err(|error| refused("loading maps".into(), &error))?;
 
-    for (name, _) in PROGRAMS {
-        let loaded = program(&mut ebpf, name)?.load();
+    for (name, tracepoint) in PROGRAMS {
+        let loaded = program(&mut ebpf, name)?.load(tracepoint.name, &types);
         loaded.map_err(|error| refused(format!("loading program {name}"), &error))?;
     }
-    // Completion first: a request whose issue is seen will then be seen to end.
-    for (name, tracepoint) in PROGRAMS.into_iter().rev().filter(|program| *program != BIO_COMPLETE)
+    for (name, tracepoint) in PROGRAMS.into_iter().filter(|program| !BIO_COMPLETE.contains(program))
     {
-        attach(program(&mut ebpf, name)?, tracepoint)?;
+        attach(program(&mut ebpf, name)?, &tracepoint)?;
     }
     let mut map = |name: &str| {
         let missing = || Error::Refused {
@@ -83,22 +73,27 @@ pub(super) fn load(slots: u32) -> Result<Probes> {
         ring: map("TOUCHES")?.try_into().map_err(wrong)?,
         ebpf,
         slots,
-        shards,
-        ends: None,
+        shards: shards + 1,
+        ends: Vec::new(),
         account: None,
     })
 }
 
 /// Attaches one program to its tracepoint.
-pub(super) fn attach(program: &mut TracePoint, tracepoint: &str) -> Result<TracePointLinkId> {
-    let attached = program.attach("block", tracepoint);
-    attached.map_err(|error| refused(format!("attaching to tracepoint {tracepoint}"), &error))
+pub(super) fn attach(program: &mut BtfTracePoint, to: &Tracepoint) -> Result<BtfTracePointLinkId> {
+    let attached = program.attach();
+    attached.map_err(|error| refused(format!("attaching to tracepoint {}", to.name), &error))
 }
 
-/// One shard for each possible processor, up to the most; a power of two, so that a mask finds it.
-fn shards() -> Result<u32> {
+/// One shard for each possible processor, up to the most; a power of two, so that a mask finds it. And 1 if
+/// each has its own.
+fn shards() -> Result<(u32, u32)> {
     let processors = aya::util::nr_cpus()
         .map_err(|(what, source)| Error::io(format!("counting processors ({what})"), source))?;
-    let processors = u32::try_from(processors).unwrap_or(layout::SHARDS);
-    Ok(processors.clamp(1, layout::SHARDS).next_power_of_two().min(layout::SHARDS))
+    let processors = u32::try_from(processors).unwrap_or(u32::MAX);
+    let shards = processors.clamp(1, layout::SHARDS).next_power_of_two();
+    // Where their numbers have gaps, two may share.
+    let listed = fs::read_to_string("/sys/devices/system/cpu/possible").unwrap_or_default();
+    let gaps = listed.contains(',') || !listed.starts_with('0');
+    Ok((shards, u32::from(processors <= shards && !gaps)))
 }

@@ -32,21 +32,21 @@ where
     }
 
     /// Enters `entry`, or replaces the one with its key.
-    pub fn put(&mut self, hashed: u64, entry: T, key: impl Fn(&T) -> u32) -> Result<()> {
-        let at = set_of(hashed, self.sets.len() as u32);
+    pub fn put(&mut self, number: u32, entry: T, key: impl Fn(&T) -> u32) -> Result<()> {
+        let at = set_of(number, self.sets.len() as u32);
         let ways = &self.sets[at as usize].ways;
-        let known = ways.iter().position(|other| key(other) == key(&entry));
+        let known = ways.iter().position(|other| key(other) == number);
         let place = known.or_else(|| ways.iter().position(|other| key(other) == 0));
         let Some(place) = place else {
             let problem = format!("{WAYS} others fall together with it already; watch fewer");
-            return Err(Error::Refused { what: format!("{} {hashed}", self.what), problem });
+            return Err(Error::Refused { what: format!("{} {number}", self.what), problem });
         };
         self.set(at, place, entry)
     }
 
     /// Takes the entry with this key out, if it is there.
-    pub fn remove(&mut self, hashed: u64, gone: u32, key: impl Fn(&T) -> u32) -> Result<()> {
-        let at = set_of(hashed, self.sets.len() as u32);
+    pub fn remove(&mut self, gone: u32, key: impl Fn(&T) -> u32) -> Result<()> {
+        let at = set_of(gone, self.sets.len() as u32);
         match self.sets[at as usize].ways.iter().position(|other| key(other) == gone) {
             Some(place) => self.set(at, place, T::default()),
             None => Ok(()),

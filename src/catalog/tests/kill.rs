@@ -18,7 +18,7 @@ use crate::{
 
 /// From which of an operation's steps on the disk answers no more.
 #[derive(Clone, Copy, Debug, PartialEq)]
-enum Fault {
+pub(super) enum Fault {
     /// That step and all after it: the process was killed.
     FromThen,
     /// That step alone: the disk was full, or failed once.
@@ -26,7 +26,7 @@ enum Fault {
 }
 
 /// Steps that fail once `armed` has counted down to nothing.
-fn failing(armed: &Arc<AtomicUsize>, fault: Fault) -> Steps {
+pub(super) fn failing(armed: &Arc<AtomicUsize>, fault: Fault) -> Steps {
     let left = armed.clone();
     Steps::hooked(move |step| {
         let fails = match left.load(Ordering::SeqCst) {

@@ -5,6 +5,7 @@ mod dir;
 mod hostile;
 mod kill;
 mod mending;
+mod moves;
 mod operations;
 mod power;
 mod scale;

@@ -62,7 +62,7 @@ fn files_are_private_and_whole() {
         }
     }
     let opened = node.open_replica(&name("vm1")).unwrap();
-    assert_eq!((opened.id, opened.digest, opened.size), (made.id, digest(IMAGE), 8192));
+    assert_eq!((opened.id, opened.digest, opened.size), (made.id, Some(digest(IMAGE)), 8192));
     let data = opened.open_data(OFlag::empty()).unwrap();
     assert_eq!(data.metadata().unwrap().len(), 8192);
     assert_eq!(data.metadata().unwrap().blocks(), 0, "nothing but a hole");
@@ -428,4 +428,67 @@ fn many_at_once_agree_with_the_disk() {
     let node = bench.open();
     assert_eq!(names(&node), seen);
     assert!(node.fsck(crate::catalog::Repair::Report).unwrap().problems.is_empty());
+}
+
+#[test]
+fn an_image_has_as_many_copies_as_it_is_given() {
+    let (bench, node) = Bench::with(&["a", "b", "c"]);
+    import(&node, Some("a"), "debian", scenario::IMAGE).unwrap();
+    import(&node, Some("a"), "twelve", scenario::IMAGE).unwrap();
+    create(&node, "vm1", "debian", "b").unwrap();
+    let refs = |disk: &str| {
+        let copy = bench.home(disk).join("images").join(digest(scenario::IMAGE).to_string());
+        fs::read_dir(copy.join("refs")).map_or(0, Iterator::count)
+    };
+    // Disks of one device fail together.
+    let (of, to) = (digest(scenario::IMAGE), name("b"));
+    let refused = node.stage_another(of, Some(&to), false).err().unwrap();
+    assert_eq!(refused.kind(), Kind::Invalid);
+    assert!(refused.to_string().contains("together with disk a"), "{refused}");
+    let nowhere = node.stage_another(of, None, false).err().unwrap();
+    assert_eq!(nowhere.kind(), Kind::Unavailable);
+    let status = scenario::copy_to(&node, "b").unwrap();
+    assert_eq!(status.copies.len(), 2);
+    assert_eq!(scenario::copy_to(&node, "b").unwrap_err().kind(), Kind::Exists);
+    create(&node, "vm2", "twelve", "c").unwrap();
+    assert_eq!((refs("a"), refs("b")), (2, 2));
+    // Names and the wanted number are those of all copies.
+    node.want_copies(&name("debian"), 2).unwrap();
+    let short = node.remove_copy_on(&name("debian"), &name("a"), false).unwrap_err();
+    assert!(short.to_string().contains("2 copies are wanted"), "{short}");
+    node.remove_copy_on(&name("debian"), &name("a"), true).unwrap();
+    let last = node.remove_copy_on(&name("debian"), &name("b"), true).unwrap_err();
+    assert_eq!(last.kind(), Kind::InUse);
+    assert!(last.to_string().contains("underlay image copy debian --to DISK"), "{last}");
+    drop(node);
+    let node = bench.open();
+    let image = node.image(&name("twelve")).unwrap();
+    assert_eq!((image.copies.len(), image.wanted_copies, image.users.len()), (1, Some(1), 2));
+    assert!(node.remove_image(&name("debian")).is_ok() && node.image(&name("twelve")).is_ok());
+}
+
+#[test]
+fn a_copy_that_was_away_learns_what_happened() {
+    let (bench, node) = Bench::with(&["a", "b", "c"]);
+    import(&node, Some("a"), "debian", scenario::IMAGE).unwrap();
+    create(&node, "old", "debian", "c").unwrap();
+    scenario::copy_to(&node, "b").unwrap();
+    drop(node);
+    fs::rename(bench.path("b"), bench.path("gone")).unwrap();
+    let node = bench.open();
+    create(&node, "new", "debian", "c").unwrap();
+    node.remove_replica(&name("old")).unwrap();
+    node.want_copies(&name("debian"), 3).unwrap();
+    drop(node);
+    fs::rename(bench.path("gone"), bench.path("b")).unwrap();
+    let node = bench.open();
+    let of = digest(scenario::IMAGE);
+    assert!(node.align_copies(of).unwrap() && !node.align_copies(of).unwrap());
+    drop(node);
+    // What it learnt it knows by itself.
+    fs::rename(bench.path("a"), bench.path("gone")).unwrap();
+    let node = bench.open();
+    let image = node.image(&name("debian")).unwrap();
+    let users: Vec<_> = image.users.iter().map(|user| user.name.to_string()).collect();
+    assert_eq!((users, image.wanted_copies), (vec!["new".to_owned()], Some(3)));
 }

@@ -41,7 +41,9 @@ fn two_thousand_replicas_open_in_well_under_a_second() {
                 id,
                 name: vm.clone(),
                 size: 1 << 40,
-                image: base,
+                image: Some(base),
+                epoch: 0,
+                moving_to: None,
                 created: 0,
             };
             fs::write(dir.join("replica.json"), record::bytes(&record).unwrap()).unwrap();

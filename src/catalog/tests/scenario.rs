@@ -1,12 +1,12 @@
 //! What the tests of crashes do to a node, and what must hold afterwards.
 
-use std::{collections::BTreeMap, collections::BTreeSet, fs};
+use std::{collections::BTreeMap, collections::BTreeSet, fs, os::unix::fs::PermissionsExt};
 
 use nix::fcntl::OFlag;
 
 use super::*;
 use crate::{
-    catalog::{DiskState, Repair},
+    catalog::{CopyState, DiskState, Repair, UserState},
     error::Kind,
 };
 
@@ -90,9 +90,65 @@ pub(super) fn all() -> Vec<Scenario> {
             run: |_, node| node.remove_image(&name(&digest(SPARE).to_string())).map(drop),
         },
         Scenario {
+            label: "make another copy",
+            prepare: same,
+            run: |_, node| copy_to(node, "c").map(drop),
+        },
+        Scenario {
+            label: "create a replica of an image with two copies",
+            prepare: two_copies,
+            run: |_, node| create(node, "vm3", "debian", "b").map(drop),
+        },
+        Scenario {
+            label: "remove a replica of an image with two copies",
+            prepare: two_copies,
+            run: |_, node| node.remove_replica(&name("vm2")).map(drop),
+        },
+        Scenario {
+            label: "give up a copy",
+            prepare: two_copies,
+            run: |_, node| node.remove_copy_on(&name("debian"), &name("a"), true),
+        },
+        Scenario {
+            label: "want two copies",
+            prepare: two_copies,
+            run: |_, node| node.want_copies(&name("debian"), 2).map(drop),
+        },
+        Scenario {
+            label: "bring copies in line",
+            prepare: |bench| {
+                two_copies(bench);
+                let refs = bench.home("c").join("images").join(digest(IMAGE).to_string());
+                fs::remove_dir_all(refs.join("refs")).unwrap();
+                fs::create_dir(refs.join("refs")).unwrap();
+                fs::set_permissions(refs.join("refs"), fs::Permissions::from_mode(0o700)).unwrap();
+            },
+            run: |_, node| node.align_copies(digest(IMAGE)).map(drop),
+        },
+        Scenario {
             label: "grow a replica's record",
             prepare: same,
             run: |_, node| node.set_replica_size(&name("vm1"), 1 << 30),
+        },
+        Scenario {
+            label: "move a replica",
+            prepare: same,
+            run: |_, node| migrate(node, "vm1", "c"),
+        },
+        Scenario {
+            label: "move a replica to the copy's disk",
+            prepare: same,
+            run: |_, node| migrate(node, "vm2", "a"),
+        },
+        Scenario {
+            label: "free a replica of its image",
+            prepare: same,
+            run: |_, node| node.flatten_replica(&name("vm2")).map(drop),
+        },
+        Scenario {
+            label: "drain a disk",
+            prepare: same,
+            run: |_, node| node.set_draining(&name("c"), true).map(drop),
         },
         Scenario {
             label: "add a disk",
@@ -123,12 +179,26 @@ pub(super) fn all() -> Vec<Scenario> {
     ]
 }
 
+/// Makes one more copy of image `debian`.
+pub(super) fn copy_to(node: &Node, disk: &str) -> Result<ImageStatus> {
+    // All disks of these tests are on one device.
+    let staged = node.stage_another(digest(IMAGE), Some(&name(disk)), true)?;
+    fs::write(staged.data_path(), IMAGE).unwrap();
+    fs::write(staged.chunks_path(), b"chunk table").unwrap();
+    node.publish_another(staged, digest(IMAGE))
+}
+
+fn two_copies(bench: &Bench) {
+    copy_to(&bench.open(), "c").unwrap();
+}
+
 /// What a user sees: replicas with their size, images with their names and state, disks.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Seen {
-    replicas: BTreeMap<String, u64>,
+    /// Their size, their disk, and whether they stand on an image.
+    replicas: BTreeMap<String, (u64, String, bool)>,
     images: BTreeMap<String, (Digest, bool)>,
-    disks: BTreeSet<String>,
+    disks: BTreeSet<(String, bool)>,
 }
 
 pub(super) fn seen(node: &Node) -> Seen {
@@ -138,10 +208,21 @@ pub(super) fn seen(node: &Node) -> Seen {
         image.names.iter().map(move |name| (name.to_string(), (image.digest, ready)))
     });
     Seen {
-        replicas: node.replicas().iter().map(|r| (r.name.to_string(), r.size)).collect(),
+        replicas: node
+            .replicas()
+            .iter()
+            .map(|r| (r.name.to_string(), (r.size, r.disk.to_string(), r.digest.is_some())))
+            .collect(),
         images: named.collect(),
-        disks: node.disks().iter().map(|disk| disk.name.to_string()).collect(),
+        disks: node.disks().iter().map(|disk| (disk.name.to_string(), disk.draining)).collect(),
     }
+}
+
+/// Moves a replica whose overlay is empty.
+pub(super) fn migrate(node: &Node, replica: &str, to: &str) -> Result<()> {
+    let mut staged = node.stage_move(&name(replica), &name(to), 8192, blank_map)?;
+    staged.prepare()?;
+    staged.publish()?.remove()
 }
 
 /// What a scenario leads from and to, when nothing gets in its way.
@@ -174,6 +255,15 @@ pub(super) fn check_after_crash(bench: &Bench, scenario: &Scenario, ends: &(Seen
     let report = node.fsck(Repair::Report).unwrap();
     let lost = report.problems.iter().find(|problem| problem.what.contains("has no reference"));
     assert!(lost.is_none() || label == "mend", "{label}: {lost:?}");
+    for image in node.images() {
+        // A crash may leave a copy without a reference that another has: the next look puts it there.
+        node.align_copies(image.digest).unwrap();
+        let users = image.users.iter().filter(|user| user.state != UserState::Leaked).count();
+        for copy in image.copies.iter().filter(|copy| copy.state == CopyState::Ready) {
+            let refs = fs::read_dir(copy.path.join("refs")).unwrap().count();
+            assert!(refs >= users || label == "mend", "{label}: {copy:?}");
+        }
+    }
     let mended = node.fsck(Repair::Mend).unwrap();
     let left = mended.problems.iter().find(|problem| !problem.mended);
     // A damaged copy that the scenario is about stays until it is replaced.

@@ -41,6 +41,8 @@ pub struct Sources<'a> {
     pub health: Option<&'a Health>,
     /// Bytes that the scrub read, and chunks that it found unsound.
     pub scrubbed: (u64, u64),
+    /// Copies that were made because they were missing, removed as surplus, and could not be made.
+    pub kept: [u64; 3],
     /// Promotion; `None` where there is none.
     pub promotion: Option<Promotion>,
     /// What the probes saw; `None` where there are none, not even unwilling ones.
@@ -221,7 +223,10 @@ impl Replica {
         Replica {
             name,
             disk: status.disk.to_string(),
-            image: image.map_or_else(|| status.digest.to_string(), ToString::to_string),
+            image: image.map_or_else(
+                || status.digest.map_or_else(String::new, |digest| digest.to_string()),
+                ToString::to_string,
+            ),
             size: status.size,
             overlay,
             up: false,
@@ -320,7 +325,7 @@ fn reading(sources: &Sources<'_>, outline: &Outline) -> Reading {
     let mut disks = bases.disks();
     disks.sort_by(|a, b| a.name().cmp(b.name()));
     let repaired = sources.health.map(Health::repaired).unwrap_or_default();
-    Reading { images, disks, repaired, scrubbed: sources.scrubbed }
+    Reading { images, disks, repaired, scrubbed: sources.scrubbed, kept: sources.kept }
 }
 
 /// What replicas read, summed where several images have one name in common with none other.

@@ -31,6 +31,15 @@ const UNREPAIRED: About =
 const SCRUBBED: About = About("scrubbed", Of::Bytes, "Bytes of copies that the scrub has read");
 const UNSOUND: About =
     About("scrub_unsound_chunks", Of::Things, "Chunks that it found not to be as they must");
+const MADE: About = About(
+    "copies_made",
+    Of::Things,
+    "Copies of images that were made because fewer were there than wanted",
+);
+const REMOVED: About =
+    About("copies_removed", Of::Things, "Copies that were removed because more were there");
+const NOT_MADE: About =
+    About("copies_failed", Of::Things, "Attempts to make such a copy that failed");
 
 /// What there is to tell.
 #[derive(Default)]
@@ -43,6 +52,8 @@ pub struct Reading {
     pub repaired: (u64, u64),
     /// Bytes that the scrub read, and chunks that it found unsound.
     pub scrubbed: (u64, u64),
+    /// Copies that were made because they were missing, removed as surplus, and could not be made.
+    pub kept: [u64; 3],
 }
 
 impl fmt::Debug for Reading {
@@ -76,5 +87,8 @@ pub(super) fn tell(page: &mut Page<'_>, reading: &Reading) -> fmt::Result {
     page.count(REPAIRED, reading.repaired.0)?;
     page.count(UNREPAIRED, reading.repaired.1)?;
     page.count(SCRUBBED, reading.scrubbed.0)?;
-    page.count(UNSOUND, reading.scrubbed.1)
+    page.count(UNSOUND, reading.scrubbed.1)?;
+    page.count(MADE, reading.kept[0])?;
+    page.count(REMOVED, reading.kept[1])?;
+    page.count(NOT_MADE, reading.kept[2])
 }

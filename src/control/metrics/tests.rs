@@ -99,6 +99,7 @@ fn snapshot(replicas: usize) -> Snapshot {
             disks: vec![Arc::new(source::Disk::new("a", None, 64))],
             repaired: (2, 1),
             scrubbed: (1 << 20, 1),
+            kept: [3, 1, 2],
         },
         promotion: Some(Promotion {
             rate_bytes: 1 << 25,

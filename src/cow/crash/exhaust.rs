@@ -61,8 +61,17 @@ const CRASHES: [Option<Cut>; 6] = [
     None,
 ];
 
+/// What is done to the replica while a sequence is played.
+#[derive(Clone, Copy, Debug)]
+enum Meanwhile {
+    Nothing,
+    Move,
+    Flatten,
+}
+
 /// Plays every sequence of up to `depth` operations, crashes it at every step in every way, checks,
-/// writes and flushes once more, cuts the power, and checks again. On all processors.
+/// writes and flushes once more, cuts the power, and checks again; those of fewer than `depth` also
+/// while the replica moves or is flattened. On all processors.
 pub fn exhaust(depth: usize) -> Result<Outcome, Violation> {
     let next = AtomicUsize::new(0);
     let worker = || {
@@ -99,7 +108,7 @@ fn prepared(outcome: &mut Outcome) -> Result<Node, Violation> {
     // A write over an edge and a zeroing make it run over.
     node.keep_tail(TAIL);
     let script = [ALPHABET[0], Action::Zero(BLOCK, BLOCK, Provision::Release), Action::Flush];
-    play(&mut node, &[], &script, None, outcome)
+    play(&mut node, &[], &script, Meanwhile::Nothing, None, outcome)
         .and_then(|_| node.power_cut(Cut::LoseAll))
         .map_err(violation("preparing"))?;
     Ok(node)
@@ -112,7 +121,12 @@ fn descend(
     outcome: &mut Outcome,
 ) -> Result<(), Violation> {
     for warm_up in WARM_UPS {
-        crash_everywhere(start, warm_up, sequence, outcome)?;
+        crash_everywhere(start, warm_up, sequence, Meanwhile::Nothing, outcome)?;
+    }
+    if sequence.len() < depth {
+        for meanwhile in [Meanwhile::Move, Meanwhile::Flatten] {
+            crash_everywhere(start, &[], sequence, meanwhile, outcome)?;
+        }
     }
     if sequence.len() < depth {
         for action in ALPHABET {
@@ -128,20 +142,22 @@ fn crash_everywhere(
     start: &Node,
     warm_up: &[Action],
     sequence: &[Action],
+    meanwhile: Meanwhile,
     outcome: &mut Outcome,
 ) -> Result<(), Violation> {
     for step in 0.. {
         let mut reached = true;
         for crash in CRASHES {
             let mut node = start.fork(step);
-            let course = || format!("{warm_up:?}, {sequence:?}, {crash:?} at step {step}");
-            let end = play(&mut node, warm_up, sequence, Some(step), outcome)
+            let course =
+                || format!("{warm_up:?}, {sequence:?}, {meanwhile:?}, {crash:?} at step {step}");
+            let end = play(&mut node, warm_up, sequence, meanwhile, Some(step), outcome)
                 .map_err(violation(course()))?;
             reached = end == End::Stopped;
             crash_once(&mut node, crash, outcome)
                 .and_then(|()| {
                     let again = [Action::Write(2 * BLOCK, BLOCK), Action::Flush];
-                    play(&mut node, &[], &again, None, outcome)
+                    play(&mut node, &[], &again, Meanwhile::Nothing, None, outcome)
                 })
                 .and_then(|_| crash_once(&mut node, Some(Cut::LoseAll), outcome))
                 .map_err(violation(course()))?;
@@ -170,14 +186,23 @@ fn play(
     node: &mut Node,
     warm_up: &[Action],
     script: &[Action],
+    meanwhile: Meanwhile,
     steps: Option<u64>,
     outcome: &mut Outcome,
 ) -> Result<End, String> {
     outcome.runs += 1;
     let Some(overlay) = node.open()? else { return Err("the disk is sound".to_owned()) };
+    let errand = match meanwhile {
+        Meanwhile::Nothing => None,
+        Meanwhile::Move => Some(node.plan_move((512, 4096), 2)),
+        Meanwhile::Flatten => Some(node.plan_flatten()),
+    };
     let guests = Guests::new(node, overlay, fastrand::Rng::with_seed(1));
     guests.play(warm_up, None);
-    let end = guests.play(script, steps);
+    let end = match errand {
+        Some(errand) => guests.play_meanwhile(errand, script, steps),
+        None => guests.play(script, steps),
+    };
     guests.report(outcome)?;
     match end {
         End::Stuck => Err("an operation never ends".to_owned()),

@@ -1,18 +1,19 @@
 //! Guests: tasks that use one replica at the same time, and tell the model what they do.
 
-use std::{cell::RefCell, ops::Range, rc::Rc};
+use std::{cell::RefCell, ops::Range, rc::Rc, sync::Arc};
 
 use super::{
-    Outcome,
+    Mutant, Outcome,
+    errand::{Errand, Runner},
     model::Model,
     node::{Image, Node},
 };
 use crate::{
-    cow::{Overlay, Provision, format::RUNS_PER_RECORD, tail::Place},
+    cow::{Gate, Overlay, Provision, format::RUNS_PER_RECORD, tail::Place},
     error::{Kind, Result as IoResult},
     io::{
         Buf,
-        sim::{End, Faults, Sim, Task},
+        sim::{End, Faults, Sim, SimFile, Task},
     },
     units::{BLOCK, SECTOR, round_down},
 };
@@ -31,12 +32,20 @@ pub(super) enum Action {
     Churn(u64),
 }
 
+/// What a replica stands on: replaced when it has moved, or needs its image no longer.
+#[derive(Clone)]
+pub(super) struct Footing {
+    pub(super) overlay: Arc<Overlay<Sim>>,
+    pub(super) image: Image,
+}
+
 /// All guests of one replica between two crashes.
 pub(super) struct Guests {
     sim: Sim,
-    image: Image,
-    overlay: Rc<Overlay<Sim>>,
+    gate: Gate<Footing>,
     tail: Option<Place>,
+    catalogue: SimFile,
+    mutant: Option<Mutant>,
     areas: Vec<Range<u64>>,
     model: Rc<RefCell<Model>>,
     sizes: Rc<RefCell<Vec<u64>>>,
@@ -59,12 +68,13 @@ struct State {
 }
 
 impl Guests {
-    pub(super) fn new(node: &Node, overlay: Rc<Overlay<Sim>>, rng: fastrand::Rng) -> Guests {
+    pub(super) fn new(node: &Node, overlay: Arc<Overlay<Sim>>, rng: fastrand::Rng) -> Guests {
         Guests {
             sim: node.sim.clone(),
-            image: node.image.clone(),
-            overlay,
+            gate: Gate::new(Footing { overlay, image: node.image.clone() }),
             tail: node.tail.clone(),
+            catalogue: node.catalogue,
+            mutant: node.mutant,
             areas: node.areas.clone(),
             model: node.model.clone(),
             sizes: node.sizes.clone(),
@@ -81,8 +91,15 @@ impl Guests {
         }
     }
 
-    /// Lets `count` guests do `actions` random things each, for `steps` steps if given.
-    pub(super) fn work(&self, count: usize, actions: usize, steps: Option<u64>) -> End {
+    /// Lets `count` guests do `actions` random things each, for `steps` steps if given, while an
+    /// errand is run.
+    pub(super) fn work(
+        &self,
+        count: usize,
+        actions: usize,
+        errand: Option<Errand>,
+        steps: Option<u64>,
+    ) -> End {
         let guest = |_| -> Task<'_> {
             Box::pin(async move {
                 for _ in 0..actions {
@@ -91,7 +108,41 @@ impl Guests {
                 }
             })
         };
-        self.sim.run((0..count).map(guest).collect(), steps)
+        let mut tasks: Vec<_> = (0..count).map(guest).collect();
+        if let Some(errand) = errand {
+            let patience = self.state.borrow_mut().rng.usize(0..12);
+            tasks.push(Box::pin(self.run(errand, patience)));
+        }
+        self.sim.run(tasks, steps)
+    }
+
+    /// Lets one guest do these things in this order, while an errand is run.
+    pub(super) fn play_meanwhile(
+        &self,
+        errand: Errand,
+        script: &[Action],
+        steps: Option<u64>,
+    ) -> End {
+        let guest = async {
+            for action in script {
+                self.act(*action).await;
+            }
+        };
+        self.sim.run(vec![Box::pin(guest), Box::pin(self.run(errand, 1))], steps)
+    }
+
+    async fn run(&self, errand: Errand, patience: usize) {
+        let (sim, gate, tail) = (&self.sim, &self.gate, self.tail.clone());
+        let (catalogue, mutant) = (self.catalogue, self.mutant);
+        let runner = Runner { sim, gate, tail, catalogue, mutant, patience };
+        tracing::debug!(?errand, "begins");
+        // Nothing is at rest meanwhile.
+        self.state.borrow_mut().busy.push((0, 0..0));
+        let done = runner.run(errand).await;
+        self.state.borrow_mut().busy.retain(|(busy, _)| *busy != 0);
+        self.state.borrow_mut().outcome.errands += u64::from(done.is_ok());
+        tracing::debug!(?errand, ?done, "ended");
+        self.settle(done);
     }
 
     /// Lets one guest do these things in this order.
@@ -111,7 +162,7 @@ impl Guests {
         }
         let state = self.state.borrow();
         *outcome += state.outcome;
-        outcome.checkpoints += self.overlay.stats().checkpoints;
+        outcome.checkpoints += self.overlay().stats().checkpoints;
         state.violation.clone().map_or(Ok(()), Err)
     }
 
@@ -119,7 +170,7 @@ impl Guests {
     pub(super) fn check_at_rest(&self) -> Result<(), String> {
         self.sim.set_faults(Faults::default());
         for area in &self.areas {
-            let end = area.end.min(self.overlay.size());
+            let end = area.end.min(self.overlay().size());
             if area.start < end {
                 let script = [Action::Read(area.start, end - area.start)];
                 if self.play(&script, None) == End::Stuck {
@@ -130,10 +181,14 @@ impl Guests {
         self.state.borrow().violation.clone().map_or(Ok(()), Err)
     }
 
+    fn overlay(&self) -> Arc<Overlay<Sim>> {
+        self.gate.get().overlay
+    }
+
     fn choose(&self) -> Action {
         let mut state = self.state.borrow_mut();
         let rng = &mut state.rng;
-        let size = self.overlay.size();
+        let size = self.overlay().size();
         let area = &self.areas[rng.usize(0..self.areas.len())];
         let area = area.start.min(size - 1)..area.end.min(size);
         let unit = [1, SECTOR, BLOCK][[0, 1, 1, 2, 2][rng.usize(0..5)]];
@@ -160,14 +215,21 @@ impl Guests {
             Action::Write(offset, len) => self.write(offset, len).await,
             Action::Read(offset, len) => self.read(offset, len).await,
             Action::Discard(offset, len) => {
-                let (zeros, done) =
-                    (vec![0; len as usize], self.overlay.discard(&self.sim, offset, len));
-                // A discard may do nothing: as a write, it is never sure.
-                self.change(offset, &zeros, async { done.await.map(|()| false) }).await;
+                let zeros = vec![0; len as usize];
+                let done = async {
+                    let inside = self.gate.enter().await;
+                    // A discard may do nothing: as a write, it is never sure.
+                    inside.overlay.discard(&self.sim, offset, len).await.map(|()| false)
+                };
+                self.change(offset, &zeros, done).await;
             }
             Action::Zero(offset, len, provision) => self.zero(offset, len, provision).await,
-            Action::Flush => self.flush(self.overlay.flush(&self.sim)).await,
-            Action::Close => self.flush(self.overlay.close(&self.sim)).await,
+            Action::Flush => {
+                self.flush(async { self.gate.enter().await.overlay.flush(&self.sim).await }).await;
+            }
+            Action::Close => {
+                self.flush(async { self.gate.enter().await.overlay.close(&self.sim).await }).await;
+            }
             Action::Grow(by) => self.grow(by).await,
             Action::Churn(offset) => {
                 for _ in 0..RUNS_PER_RECORD * 2 / 3 {
@@ -189,15 +251,21 @@ impl Guests {
         };
         let buf = Buf::heap(bytes.len() + skew).slice(skew..bytes.len() + skew);
         buf.copy_from(&bytes);
-        let done = self.overlay.write(&self.sim, &self.image, offset, buf);
-        self.change(offset, &bytes, async { done.await.map(|()| true) }).await;
+        let done = async {
+            let inside = self.gate.enter().await;
+            inside.overlay.write(&self.sim, &inside.image, offset, buf).await.map(|()| true)
+        };
+        self.change(offset, &bytes, done).await;
     }
 
     async fn zero(&self, offset: u64, len: u64, provision: Provision) {
-        let len = len.min(self.overlay.size() - offset);
+        let len = len.min(self.overlay().size() - offset);
         let zeros = vec![0; len as usize];
-        let done = self.overlay.write_zeroes(&self.sim, &self.image, offset, len, provision);
-        self.change(offset, &zeros, async { done.await.map(|()| true) }).await;
+        let done = async {
+            let Footing { overlay, image } = &*self.gate.enter().await;
+            overlay.write_zeroes(&self.sim, image, offset, len, provision).await.map(|()| true)
+        };
+        self.change(offset, &zeros, done).await;
     }
 
     /// Does something that leaves `bytes` at `offset`, surely if it returns true.
@@ -244,7 +312,11 @@ impl Guests {
     async fn read(&self, offset: u64, len: u64) {
         let began = self.model.borrow_mut().now();
         let buf = Buf::heap(len as usize);
-        match self.overlay.read(&self.sim, &self.image, offset, buf.clone()).await {
+        let read = async {
+            let inside = self.gate.enter().await;
+            inside.overlay.read(&self.sim, &inside.image, offset, buf.clone()).await
+        };
+        match read.await {
             Ok(()) => {
                 if self.has_lost_pages() {
                     return;
@@ -266,7 +338,8 @@ impl Guests {
 
     async fn flush(&self, flush: impl Future<Output = IoResult<()>>) {
         let began = self.model.borrow_mut().now();
-        let (poisoned, size) = (self.overlay.poisoned().is_some(), self.overlay.size());
+        let overlay = self.overlay();
+        let (poisoned, size) = (overlay.poisoned().is_some(), overlay.size());
         let still = |state: &State| state.busy.is_empty().then_some(state.next);
         let before = still(&self.state.borrow());
         let result = flush.await;
@@ -287,16 +360,17 @@ impl Guests {
     }
 
     async fn grow(&self, by: u64) {
-        let size = self.overlay.size() + by;
+        let inside = self.gate.enter().await;
+        let size = inside.overlay.size() + by;
         self.sizes.borrow_mut().push(size);
-        let result = self.overlay.resize(&self.sim, size).await;
+        let result = inside.overlay.resize(&self.sim, size).await;
         if result.is_ok() {
             // What others asked for before is no longer possible if it was less.
             self.sizes.borrow_mut().retain(|other| *other >= size);
         }
         match result {
             // Another guest was faster.
-            Err(error) if error.kind() == Kind::Invalid && self.overlay.size() > size => {}
+            Err(error) if error.kind() == Kind::Invalid && inside.overlay.size() > size => {}
             result => self.settle(result),
         }
     }
@@ -306,7 +380,7 @@ impl Guests {
         let Err(error) = result else { return };
         tracing::debug!(%error, "failed");
         self.state.borrow_mut().outcome.failures += 1;
-        let poisoned = self.overlay.poisoned().is_some();
+        let poisoned = self.overlay().poisoned().is_some();
         match error.kind() {
             Kind::Io | Kind::NoSpace if self.faulty => {}
             Kind::Poisoned if self.faulty && poisoned => {}

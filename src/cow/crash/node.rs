@@ -12,7 +12,7 @@ use std::{
 
 use uuid::Uuid;
 
-use super::{Mutant, model::Model};
+use super::{Mutant, errand::Errand, model::Model};
 use crate::{
     cow::{
         Base, Overlay,
@@ -27,7 +27,7 @@ use crate::{
     units::{BLOCK, Block, SECTOR},
 };
 
-const ID: Uuid = Uuid::from_u128(0x7573_6572_6c61_7920_6372_6173_6821_2121);
+pub(super) const ID: Uuid = Uuid::from_u128(0x7573_6572_6c61_7920_6372_6173_6821_2121);
 
 /// The image: what it holds follows from the offset.
 #[derive(Clone)]
@@ -48,6 +48,13 @@ impl Image {
             true => 0,
             false => (offset / SECTOR * 7 + offset % 251 + 1) as u8,
         }
+    }
+}
+
+impl Image {
+    /// What is left of it for an overlay that needs none.
+    pub(super) fn gone(&self) -> Image {
+        Image { size: 0, file: self.file }
     }
 }
 
@@ -72,10 +79,25 @@ impl Base<Sim> for Image {
     }
 }
 
+/// What the catalogue says of the replica.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) struct Catalogue {
+    /// The number of its place.
+    pub(super) place: u8,
+    /// 1 if it needs no image.
+    pub(super) flat: u8,
+}
+
 pub(super) struct Node {
     pub(super) sim: Sim,
     data: SimFile,
     map: SimFile,
+    /// Where the catalogue is.
+    pub(super) catalogue: SimFile,
+    known: Catalogue,
+    /// What was begun and may have ended before the crash.
+    errand: Option<Errand>,
+    pub(super) mutant: Option<Mutant>,
     pub(super) image: Image,
     /// Bytes that guests touch.
     pub(super) areas: Vec<Range<u64>>,
@@ -152,6 +174,7 @@ impl Node {
         let image = Image { size: layout.image, file: sim.create(1, &[], 0) };
         let data = sim.create(layout.align.0, &[], layout.size);
         let map = sim.create(layout.align.1, &format::blank(ID, layout.size, layout.records), 0);
+        let catalogue = sim.create(1, &[], SECTOR);
         let model = Model::new(&layout.areas, |sector| {
             let mut bytes = [0; SECTOR as usize];
             for (i, byte) in bytes.iter_mut().enumerate() {
@@ -163,6 +186,10 @@ impl Node {
             sim,
             data,
             map,
+            catalogue,
+            known: Catalogue::default(),
+            errand: None,
+            mutant: None,
             image,
             areas: layout.areas,
             model: Rc::new(RefCell::new(model)),
@@ -221,12 +248,13 @@ impl Node {
             };
             node.tail = Some(Place { memory: Arc::new(memory), boot: Uuid::from_u128(1) });
         }
+        node.mutant = mutant;
         match mutant {
             Some(Mutant::UnsyncedMap) => node.sim.set_lie(node.map, Lie::Sync),
             Some(Mutant::UnsyncedData) => node.sim.set_lie(node.data, Lie::Sync),
             Some(Mutant::ForgetfulTail) => node.forgetful = true,
             Some(Mutant::BoastfulTail) => node.boastful = true,
-            None => {}
+            _ => {}
         }
         node
     }
@@ -237,6 +265,10 @@ impl Node {
             sim: self.sim.fork(seed),
             data: self.data,
             map: self.map,
+            catalogue: self.catalogue,
+            known: self.known,
+            errand: self.errand,
+            mutant: self.mutant,
             image: self.image.clone(),
             areas: self.areas.clone(),
             model: Rc::new(RefCell::new(self.model.borrow().clone())),
@@ -259,18 +291,82 @@ impl Node {
         self.faulty
     }
 
-    /// Whether the data file is.
+    /// Whether the data file is, or the one that it moves to.
     pub(super) fn is_buffered(&self) -> bool {
-        self.sim.align(&self.data) == 1
+        let buffered = |file| self.sim.align(file) == 1;
+        buffered(&self.data)
+            || matches!(&self.errand, Some(Errand::Move { data, .. }) if buffered(data))
+    }
+
+    /// What is to be done to the replica while guests use it, sometimes.
+    pub(super) fn errand(&mut self, rng: &mut fastrand::Rng) -> Option<Errand> {
+        let number = rng.u8(0..8);
+        let size = self.sizes.borrow().last().copied().unwrap_or_default();
+        let wanted = match self.mutant {
+            Some(Mutant::UnsyncedTarget | Mutant::OpenGate | Mutant::EarlySwitch) => number < 6,
+            _ => number < 3,
+        };
+        self.errand = None;
+        if !wanted {
+            return None;
+        }
+        if number > 0 {
+            let aligns = [1, 512, 4096];
+            let align = (aligns[rng.usize(0..3)], aligns[rng.usize(0..3)]);
+            let records = if rng.bool() { format::RECORDS } else { rng.u32(2..6) };
+            return Some(self.plan_move(align, records));
+        }
+        // What a device shows of its image when it grows later would be gone: none is smaller.
+        (self.image.size <= size.min(1 << 20)).then(|| self.plan_flatten())
+    }
+
+    /// The replica is to move to new files.
+    pub(super) fn plan_move(&mut self, align: (u64, u64), records: u32) -> Errand {
+        let size = self.sizes.borrow().last().copied().unwrap_or_default();
+        let data = self.sim.create(align.0, &[], size);
+        let map = self.sim.create(align.1, &format::blank(ID, size, records), 0);
+        if self.mutant == Some(Mutant::UnsyncedTarget) {
+            self.sim.set_lie(data, Lie::Sync);
+        }
+        let place = self.known.place.wrapping_add(1);
+        let then = Catalogue { place, ..self.known };
+        *self.errand.insert(Errand::Move { data, map, then })
+    }
+
+    /// The replica is to need its image no longer.
+    pub(super) fn plan_flatten(&mut self) -> Errand {
+        *self.errand.insert(Errand::Flatten { then: Catalogue { flat: 1, ..self.known } })
+    }
+
+    /// Finds out where the replica is, as the scan of a catalogue does.
+    fn find(&mut self) -> Result<(), String> {
+        let bytes = self.sim.peek(self.catalogue);
+        let found = Catalogue { place: bytes[0], flat: bytes[1] };
+        if found == self.known {
+            return Ok(());
+        }
+        // What is seen after a kill is not durable because it is seen.
+        if !matches!(self.sim.run_one(self.sim.sync(&self.catalogue), None), Some(Ok(()))) {
+            return Err("the catalogue can't be synced".to_owned());
+        }
+        match self.errand {
+            Some(Errand::Move { data, map, then }) if then == found => {
+                (self.data, self.map) = (data, map);
+            }
+            Some(Errand::Flatten { then }) if then == found => self.image = self.image.gone(),
+            _ => return Err(format!("the catalogue says {found:?}")),
+        }
+        self.known = found;
+        Ok(())
     }
 
     /// Opens the replica; `None` if the disk was made to fail.
-    pub(super) fn open(&self) -> Result<Option<Rc<Overlay<Sim>>>, String> {
+    pub(super) fn open(&self) -> Result<Option<Arc<Overlay<Sim>>>, String> {
         let opened = self
             .sim
             .run_one(Overlay::open(&self.sim, self.data, self.map, ID, self.tail.clone()), None);
         match opened {
-            Some(Ok(overlay)) => Ok(Some(Rc::new(overlay))),
+            Some(Ok(overlay)) => Ok(Some(Arc::new(overlay))),
             Some(Err(error)) if self.faulty && error.kind() == Kind::Io => Ok(None),
             Some(Err(error)) => Err(format!("opening: {error}")),
             None => Err("opening never ends".to_owned()),
@@ -278,7 +374,7 @@ impl Node {
     }
 
     /// Opens the replica, and stops after some steps.
-    pub(super) fn open_for(&self, steps: u64) -> Result<Option<Rc<Overlay<Sim>>>, String> {
+    pub(super) fn open_for(&self, steps: u64) -> Result<Option<Arc<Overlay<Sim>>>, String> {
         let open = Overlay::open(&self.sim, self.data, self.map, ID, self.tail.clone());
         self.sim.run_one(open, Some(steps));
         Ok(None)
@@ -337,6 +433,7 @@ impl Node {
         self.faulty = false;
         self.sim.set_faults(Faults::default());
         self.model.borrow_mut().end_all();
+        self.find()?;
         let before = self.sim.changes();
         let Some(overlay) = self.open()? else { return Err("the disk is sound".to_owned()) };
         let size = overlay.size();

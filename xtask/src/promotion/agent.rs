@@ -1,5 +1,5 @@
-//! The agent is killed, missing, without privileges, or without tracefs: the service runs, and says so in
-//! status and log.
+//! The agent is killed, missing, without privileges, or on a kernel without BTF: the service runs, and
+//! says so in status and log.
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
@@ -30,14 +30,13 @@ pub fn run(lab: &Lab, works: bool, report: &mut Report) {
     if works {
         report.check("promotion: the agent is killed, and comes back", || killed(lab));
         report.check("promotion: an agent without privileges", || {
-            let drop = "setpriv --bounding-set=-bpf,-perfmon,-sys_admin,-dac_read_search";
+            let drop = "setpriv --bounding-set=-bpf,-perfmon,-sys_admin";
             without(lab, "unprivileged", &format!("exec {drop} \"$UNDERLAY\" \"$@\""), "CAP_BPF")
         });
-        report.check("promotion: an agent without tracefs", || {
-            // Nothing at /sys, and no right to mount anything there.
-            let script = "exec unshare -m sh -c 'mount -t tmpfs none /sys; exec setpriv \
-                 --bounding-set=-sys_admin \"$UNDERLAY\" \"$@\"' sh \"$@\"";
-            without(lab, "no-tracefs", script, "tracefs")
+        report.check("promotion: an agent on a kernel without BTF", || {
+            let script = "exec unshare -m sh -c 'mount -t tmpfs none /sys/kernel/btf; exec \
+                 \"$UNDERLAY\" \"$@\"' sh \"$@\"";
+            without(lab, "no-btf", script, "BTF")
         });
     }
     report.check("promotion: no agent", || {

@@ -63,11 +63,15 @@ fn killed(lab: &Lab) -> Result<String> {
         if kill % 2 == 1 {
             node.daemon.ok(&["cache", "clear"])?;
         }
-        promoted += node.sum("/stored_bytes")?;
+        let stored = node.sum("/stored_bytes")?;
+        promoted += stored;
         node.daemon.kill()?;
         node.daemon.restart()?;
         node.compare()?;
-        found += node.sum("/stored_bytes")?;
+        if kill % 2 == 0 {
+            // It looks through what is there beside its work. What was on its way out may be gone.
+            found += node.until("/stored_bytes", |found| found > 0 && found >= stored / 2)?;
+        }
     }
     ensure!(promoted > 0 && found > 0, "{promoted} bytes were stored, {found} found again");
     node.until("/figures/dropped", |dropped| dropped == 0)?;

@@ -12,7 +12,9 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, anyhow, bail};
 
+use super::probes::AGENT;
 use crate::image::{self, Kernel};
+use crate::place;
 use crate::tool::{find, tool};
 
 /// The programs that tests may call, beside busybox's.
@@ -121,9 +123,14 @@ pub fn build(dir: &Path, kernel: &Kernel, underlay: &Path) -> Result<PathBuf> {
         libraries.extend(needed(&program)?);
     }
     let xtask = std::env::current_exe().context("finding this program")?;
-    for (name, program) in [("underlay", underlay), ("xtask", &xtask)] {
+    let agent = place::target().join("debug/underlay-agent");
+    let mut own = vec![("bin/underlay", underlay), ("bin/xtask", &xtask)];
+    if agent.is_file() {
+        own.push((AGENT.trim_start_matches('/'), &agent));
+    }
+    for (name, program) in own {
         libraries.extend(needed(program)?);
-        let target = root.join("bin").join(name);
+        let target = root.join(name);
         // Without what debuggers want it is a quarter in size, and the guest unpacks it sooner.
         let strip = tool("strip", ["-o"]).args([&target]).args([program]);
         if find("strip").is_none() || strip.run().is_err() {

@@ -35,6 +35,7 @@ mod mapped;
 mod marks;
 mod nbd;
 mod power;
+mod probes;
 mod run;
 mod sick;
 mod smoke;
@@ -184,6 +185,14 @@ pub const TESTS: &[Test] = &[
         limit: Duration::from_secs(300),
         boots: Boots::Shared,
         run: marks::run,
+    },
+    Test {
+        name: "probes",
+        about: "the probes on device-mapper's devices",
+        disks: &[Disk { name: "a", size: 2 * GIB, fs: Fs::Ext4 }],
+        limit: Duration::from_secs(180),
+        boots: Boots::Shared,
+        run: probes::run,
     },
     Test {
         name: "power",

@@ -1,0 +1,192 @@
+//! Invariants checked: a move that was stopped at any of its steps leaves a replica that is on one of
+//! the two disks, also when either of them is away at the next start, and whatever `fsck` does then;
+//! it is never served where it may be stale, and its image is held throughout. What is settled by hand
+//! counts, whatever comes back.
+
+use std::sync::{
+    Arc,
+    atomic::{AtomicUsize, Ordering},
+};
+
+use super::{
+    kill::{Fault, failing},
+    scenario::{Scenario, Snapshot, all, check_after_crash, ends, migrate, start},
+    *,
+};
+use crate::{
+    catalog::{Repair, ReplicaState},
+    error::Kind,
+};
+
+fn scenario() -> Scenario {
+    all().into_iter().find(|scenario| scenario.label == "move a replica").unwrap()
+}
+
+fn take_away(bench: &Bench, disk: &str) {
+    fs::rename(bench.path(disk), bench.path(&format!("{disk}-away"))).unwrap();
+}
+
+fn bring_back(bench: &Bench, disk: &str) {
+    fs::rename(bench.path(&format!("{disk}-away")), bench.path(disk)).unwrap();
+}
+
+/// Stops the move of vm1 from a to c before each of its steps, and calls `check` with what is left.
+fn stopped_everywhere(check: impl Fn(&Bench, usize)) {
+    let bench = start();
+    let prepared = Snapshot::of(&bench);
+    for step in 1.. {
+        prepared.restore(&bench);
+        let armed = Arc::new(AtomicUsize::new(usize::MAX));
+        let node = bench.open_in_steps(failing(&armed, Fault::FromThen));
+        armed.store(step, Ordering::SeqCst);
+        let done = migrate(&node, "vm1", "c");
+        if armed.load(Ordering::SeqCst) > 0 {
+            done.unwrap();
+            assert!(step > 15, "it has steps");
+            return;
+        }
+        drop(node);
+        check(&bench, step);
+    }
+}
+
+#[test]
+fn a_move_settles_when_a_disk_that_was_away_is_back() {
+    let bench = start();
+    let ends = ends(&bench, &scenario());
+    for away in ["a", "c"] {
+        let states = std::cell::RefCell::new(Vec::new());
+        stopped_everywhere(|bench, step| {
+            take_away(bench, away);
+            let node = bench.open();
+            let now = node.replica(&name("vm1"));
+            // The image's only copy is on a: while that is away, so is all that is known of a replica
+            // on it.
+            let state = now.as_ref().map(|status| status.state);
+            states.borrow_mut().push(state.as_ref().ok().copied());
+            match (away, &now) {
+                ("a", Err(error)) => assert_eq!(error.kind(), Kind::NotFound),
+                ("a", Ok(status)) => {
+                    assert_eq!(status.disk, name("c"), "step {step}");
+                    assert_eq!(status.state, ReplicaState::BaseMissing);
+                }
+                (_, Ok(status)) => match status.state {
+                    ReplicaState::Ready => assert_eq!(status.disk, name("a"), "step {step}"),
+                    ReplicaState::DiskMissing => assert_eq!(status.disk, name("c"), "step {step}"),
+                    ReplicaState::Unsettled => {
+                        let error = node.open_replica(&name("vm1")).unwrap_err();
+                        assert_eq!(error.kind(), Kind::Unavailable);
+                        assert!(error.to_string().contains("disk c"), "{error}");
+                        let error = node.remove_replica(&name("vm1")).unwrap_err();
+                        assert_eq!(error.kind(), Kind::Unavailable);
+                        let error = node.remove_disk(&name("c")).unwrap_err();
+                        assert_eq!(error.kind(), Kind::InUse, "{error}");
+                    }
+                    other => panic!("step {step}: {other:?}"),
+                },
+                (_, Err(error)) => panic!("step {step}: {error}"),
+            }
+            node.fsck(Repair::Mend).unwrap();
+            if away == "c" {
+                let error = node.remove_image(&name("debian")).unwrap_err();
+                assert_eq!(error.kind(), Kind::InUse, "step {step}: its image is held");
+            }
+            drop(node);
+            bring_back(bench, away);
+            check_after_crash(bench, &scenario(), &ends);
+        });
+        let states = states.into_inner();
+        println!("{away} away: {states:?}");
+        if away == "c" {
+            for state in [ReplicaState::Ready, ReplicaState::Unsettled, ReplicaState::DiskMissing] {
+                assert!(states.contains(&Some(state)), "{state:?}");
+            }
+        }
+    }
+}
+
+#[test]
+fn a_disk_that_comes_back_to_a_node_that_runs_settles_it() {
+    let bench = start();
+    let ends = ends(&bench, &scenario());
+    stopped_everywhere(|bench, _| {
+        take_away(bench, "c");
+        let node = bench.open();
+        bring_back(bench, "c");
+        bench.add(&node, "c").unwrap();
+        let status = node.replica(&name("vm1")).unwrap();
+        assert_eq!(status.state, ReplicaState::Ready, "{status:?}");
+        drop(node);
+        check_after_crash(bench, &scenario(), &ends);
+    });
+}
+
+#[test]
+fn what_is_settled_by_hand_counts() {
+    let mut settled = AtomicUsize::new(0);
+    stopped_everywhere(|bench, step| {
+        take_away(bench, "c");
+        let node = bench.open();
+        let status = node.replica(&name("vm1")).unwrap();
+        if status.state != ReplicaState::Unsettled {
+            assert!(node.settle_replica(&name("vm1")).is_err());
+            return;
+        }
+        settled.fetch_add(1, Ordering::SeqCst);
+        let status = node.settle_replica(&name("vm1")).unwrap();
+        assert_eq!((status.state, status.disk), (ReplicaState::Ready, name("a")), "step {step}");
+        bring_back(bench, "c");
+        bench.add(&node, "c").unwrap();
+        node.fsck(Repair::Mend).unwrap();
+        drop(node);
+        let node = bench.open();
+        let status = node.replica(&name("vm1")).unwrap();
+        assert_eq!((status.state, status.disk), (ReplicaState::Ready, name("a")), "step {step}");
+    });
+    assert!(*settled.get_mut() > 2);
+}
+
+#[test]
+fn what_cannot_move_is_refused_and_leaves_nothing() {
+    let (bench, node) = Bench::with(&["a", "b"]);
+    bench.add_pool(&node, "pool");
+    import(&node, Some("a"), "debian", &[7; 8192]).unwrap();
+    create(&node, "vm1", "debian", "a").unwrap();
+    let before = tree(bench.temp.path());
+    let refused = |to: &str| migrate(&node, "vm1", to).unwrap_err();
+    assert_eq!(refused("a").kind(), Kind::Exists);
+    assert_eq!(refused("pool").kind(), Kind::Invalid);
+    assert_eq!(refused("nowhere").kind(), Kind::NotFound);
+    node.set_draining(&name("b"), true).unwrap();
+    let error = refused("b");
+    assert!(error.to_string().contains("undrain"), "{error}");
+    assert!(create(&node, "vm2", "debian", "b").is_err());
+    assert!(import(&node, Some("b"), "other", b"other").is_err());
+    bench.add(&node, "b").unwrap();
+    let mut staged = node.stage_move(&name("vm1"), &name("b"), 8192, blank_map).unwrap();
+    let again = node.stage_move(&name("vm1"), &name("b"), 8192, blank_map).map(drop).unwrap_err();
+    assert_eq!(again.kind(), Kind::InUse);
+    staged.prepare().unwrap();
+    drop(staged);
+    assert_eq!(tree(bench.temp.path()), before, "given up, nothing has happened");
+    assert_eq!(node.fsck(Repair::Report).unwrap().problems, []);
+    migrate(&node, "vm1", "b").unwrap();
+    migrate(&node, "vm1", "a").unwrap();
+    assert_eq!(tree(bench.temp.path()), before);
+}
+
+#[test]
+fn a_replica_without_an_image_needs_none() {
+    let (_bench, node) = Bench::with(&["a", "b"]);
+    import(&node, Some("a"), "debian", &[7; 8192]).unwrap();
+    create(&node, "vm1", "debian", "b").unwrap();
+    node.flatten_replica(&name("vm1")).unwrap();
+    assert_eq!(node.flatten_replica(&name("vm1")).unwrap_err().kind(), Kind::Exists);
+    node.remove_image(&name("debian")).unwrap();
+    let status = node.replica(&name("vm1")).unwrap();
+    assert_eq!((status.state, status.digest), (ReplicaState::Ready, None));
+    assert_eq!(node.open_replica(&name("vm1")).unwrap().digest, None);
+    assert_eq!(node.fsck(Repair::Report).unwrap().problems, []);
+    migrate(&node, "vm1", "a").unwrap();
+    node.remove_replica(&name("vm1")).unwrap();
+}

@@ -1,0 +1,192 @@
+//! Keeps as many copies of each image as are wanted: lost ones are made anew, surplus ones go.
+//!
+//! Invariant: one thing at a time is done, at a bounded rate, and nothing waits for it.
+
+use std::{
+    collections::{BTreeMap, HashMap},
+    sync::{
+        Arc, Mutex, PoisonError, Weak,
+        atomic::{AtomicBool, AtomicU64, Ordering},
+    },
+    time::{Duration, Instant},
+};
+
+use crate::{
+    catalog::{CopyState, Digest, DiskState, Name},
+    control::{
+        copying::{Copying, Order},
+        service::blocking,
+    },
+    error::{Error, Kind, Result},
+    keep::{Action, Held, Keeper, Place},
+    source::Trouble,
+};
+
+/// How often it is looked.
+const LOOK: Duration = Duration::from_secs(2);
+/// How long an image is left alone for which something failed.
+const PAUSE: Duration = Duration::from_secs(30);
+
+/// What keeps the copies.
+pub struct Keeping {
+    copying: Copying,
+    /// How many copies are wanted where nobody said.
+    default: u32,
+    rate: u64,
+    now: Mutex<Option<Rebuild>>,
+    stop: Arc<AtomicBool>,
+    made: AtomicU64,
+    removed: AtomicU64,
+    failed: AtomicU64,
+}
+
+/// A copy that is being made.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Rebuild {
+    /// Of which image.
+    pub digest: Digest,
+    /// Bytes of the image that are done, and in all.
+    pub done: (u64, u64),
+}
+
+impl Keeping {
+    /// Begins to keep copies; what is lost is waited for so long.
+    pub fn start(copying: Copying, default: u32, patience: Duration, rate: u64) -> Arc<Keeping> {
+        let (now, stop) = Default::default();
+        let (made, removed, failed) = Default::default();
+        let keeping =
+            Arc::new(Keeping { copying, default, rate, now, stop, made, removed, failed });
+        tokio::spawn(keep_for_ever(Arc::downgrade(&keeping), Keeper::new(patience)));
+        keeping
+    }
+
+    /// What is being made right now.
+    pub fn now(&self) -> Option<Rebuild> {
+        self.now.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Copies that were made, removed, and could not be made.
+    pub fn figures(&self) -> [u64; 3] {
+        [&self.made, &self.removed, &self.failed].map(|count| count.load(Ordering::Relaxed))
+    }
+
+    /// Who makes copies.
+    pub fn copying(&self) -> &Copying {
+        &self.copying
+    }
+
+    /// What is being made is given up.
+    pub fn stop(&self) {
+        self.stop.store(true, Ordering::Release);
+    }
+
+    /// Sees to it that the copies of each image say the same, and tells what there is.
+    fn look(&self) -> BTreeMap<Digest, Held> {
+        let node = &self.copying.node;
+        let disks = node.disks();
+        let troubles: HashMap<String, Trouble> = self
+            .copying
+            .bases
+            .disks()
+            .iter()
+            .filter_map(|disk| Some((disk.name().to_owned(), disk.trouble()?)))
+            .collect();
+        let trouble = |name: &Name| troubles.get(name.as_str()).copied();
+        let mut images = BTreeMap::new();
+        for image in node.images() {
+            if let Err(error) = node.align_copies(image.digest) {
+                tracing::warn!(image = %image.digest, %error, "its copies differ in what they say");
+            }
+            // A disk whose device is gone may still be mounted: its reads tell.
+            let up = |name: &Name| {
+                disks.iter().find(|disk| {
+                    disk.name == *name
+                        && matches!(disk.state, DiskState::Present | DiskState::ReadOnly)
+                        && !matches!(trouble(name), Some(Trouble::Silent | Trouble::Failing))
+                })
+            };
+            let ready = image.copies.iter().filter(|copy| copy.state == CopyState::Ready);
+            let homes: Vec<_> = ready.filter_map(|copy| up(&copy.disk)).collect();
+            let copies = homes.iter().map(|disk| Place {
+                disk: disk.name.clone(),
+                pool: disk.pool,
+                tier: disk.tier,
+                together: homes.iter().any(|other| disk.fails_with.contains(&other.name)),
+                troubled: trouble(&disk.name).is_some(),
+            });
+            let wanted = image.wanted_copies.unwrap_or(self.default) as usize;
+            images.insert(image.digest, Held { wanted, copies: copies.collect() });
+        }
+        images
+    }
+
+    async fn act(self: &Arc<Self>, digest: Digest, action: Action) -> Result<()> {
+        match action {
+            Action::Make => {
+                let own = self.clone();
+                let made = blocking(move || {
+                    let report =
+                        |done, all| own.set_now(Some(Rebuild { digest, done: (done, all) }));
+                    own.copying.make(&Order {
+                        digest,
+                        disk: None,
+                        anyhow: false,
+                        rate: Some(own.rate),
+                        cancel: &own.stop,
+                        report: &report,
+                    })
+                })
+                .await;
+                self.set_now(None);
+                let counter = if made.is_ok() { &self.made } else { &self.failed };
+                counter.fetch_add(1, Ordering::Relaxed);
+                let (disk, _) = made?;
+                tracing::info!(image = %digest, %disk, "a copy was made: fewer were there than wanted");
+            }
+            Action::Remove(disk) => {
+                let node = self.copying.node.clone();
+                let others = blocking(move || Ok(node.ready_copies(digest))).await?;
+                for (other, _) in others.iter().filter(|(other, _)| *other != disk) {
+                    if !self.copying.is_sound(digest, other).await? {
+                        let what = format!("the copy on disk {other} is damaged");
+                        return Err(Error::new(Kind::Corrupt, what));
+                    }
+                }
+                let (node, from) = (self.copying.node.clone(), disk.clone());
+                blocking(move || node.remove_copy_on(&digest.to_string().parse()?, &from, false))
+                    .await?;
+                self.removed.fetch_add(1, Ordering::Relaxed);
+                tracing::info!(image = %digest, %disk, "a copy was removed: more were there than wanted");
+            }
+        }
+        Ok(())
+    }
+
+    fn set_now(&self, now: Option<Rebuild>) {
+        *self.now.lock().unwrap_or_else(PoisonError::into_inner) = now;
+    }
+}
+
+async fn keep_for_ever(keeping: Weak<Keeping>, mut keeper: Keeper) {
+    let (mut looked, mut paused) = (Instant::now(), BTreeMap::<Digest, Instant>::new());
+    loop {
+        tokio::time::sleep(LOOK).await;
+        let Some(keeping) = keeping.upgrade() else { return };
+        if keeping.stop.load(Ordering::Acquire) {
+            return;
+        }
+        let own = keeping.clone();
+        let Ok(images) = blocking(move || Ok(own.look())).await else { continue };
+        let passed = std::mem::replace(&mut looked, Instant::now()).elapsed();
+        paused.retain(|_, since| since.elapsed() < PAUSE);
+        for (digest, action) in keeper.tick(passed, &images) {
+            if paused.contains_key(&digest) {
+                continue;
+            }
+            if let Err(error) = keeping.act(digest, action).await {
+                tracing::warn!(image = %digest, %error, "its copies are not as many as are wanted");
+                paused.insert(digest, Instant::now());
+            }
+        }
+    }
+}
