@@ -2,13 +2,16 @@
 //!
 //! Invariants:
 //! - An image begins to pay when its copy is slower than the local disk by [`Margin::start`], and
-//!   stops below [`Margin::stop`]: a disk that recovers stops promotions, one that wavers does not
-//!   flap.
+//!   stops below [`Margin::stop`], or when it would not begin again for a while: a disk that recovers
+//!   stops promotions, one that wavers does not flap.
 //! - A latency that nobody measured changes nothing; an image that was never measured does not pay.
 
 use std::collections::BTreeMap;
 
 use super::heat::Rank;
+
+/// Measurements in a row that would not let an image begin to pay, after which one that does stops.
+const WAVERS: u32 = 5;
 
 /// How much slower the copy must be.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -37,6 +40,8 @@ struct Gain {
     saves: u64,
     factor: Rank,
     pays: bool,
+    /// Measurements in a row in which it paid only because it had begun to.
+    wavers: u32,
 }
 
 /// The gain of every image that was measured.
@@ -55,18 +60,25 @@ impl Gains {
     /// Takes new measurements: of the local disk, and of the copies that were measured.
     pub fn measure(&mut self, local: u64, copies: &[CopyLatency]) {
         for latency in copies {
-            let blank = Gain { copy: 0, saves: 0, factor: Rank::factor(0.0), pays: false };
-            self.images.entry(latency.image).or_insert(blank).copy = latency.nanos;
+            let factor = Rank::factor(0.0);
+            let blank = Gain { copy: 0, saves: 0, factor, pays: false, wavers: 0 };
+            let gain = self.images.entry(latency.image).or_insert(blank);
+            (gain.copy, gain.wavers) = (latency.nanos, gain.wavers.saturating_add(1));
         }
         if local == self.local && copies.is_empty() {
             return;
         }
         self.local = local;
         for gain in self.images.values_mut() {
-            let ratio = if gain.pays { self.margin.stop } else { self.margin.start };
             gain.saves = gain.copy.saturating_sub(local);
-            gain.pays = gain.saves >= self.margin.least && gain.copy as f64 >= ratio * local as f64;
             gain.factor = Rank::factor(gain.saves as f64);
+            let slower = |times| gain.copy as f64 >= times * local as f64;
+            let begins = gain.saves >= self.margin.least && slower(self.margin.start);
+            if begins || !gain.pays {
+                gain.wavers = 0;
+            }
+            let goes_on = gain.pays && gain.saves >= self.margin.least && slower(self.margin.stop);
+            gain.pays = begins || (goes_on && gain.wavers < WAVERS);
         }
     }
 
@@ -113,7 +125,11 @@ mod tests {
         };
         assert!(!pays(19_999));
         assert!(pays(20_000));
-        assert!(pays(13_000), "within the margin nothing changes");
+        (1..WAVERS).for_each(|_| assert!(pays(13_000), "within the margin nothing changes"));
+        assert!(pays(20_000));
+        (1..WAVERS).for_each(|_| assert!(pays(13_000), "for a while"));
+        assert!(!pays(13_000), "it would not begin any more");
+        assert!(pays(20_000));
         assert!(!pays(12_000));
         assert!(!pays(13_000), "nor on the way back");
     }
