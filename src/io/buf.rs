@@ -9,10 +9,15 @@
 //! go through the kernel.
 //!
 //! Buffers belong to the thread that made them.
+//!
+//! Where assertions are compiled in, a slot that nobody holds is filled with a pattern, lies idle for as
+//! long as others are free, and is looked at when it is taken again: who writes to memory that was given
+//! back is found.
 
 use std::{
     alloc::{self, Layout},
     cell::RefCell,
+    collections::VecDeque,
     fmt,
     ops::Range,
     ptr::NonNull,
@@ -34,6 +39,9 @@ const HUGE: usize = 2 << 20;
 
 /// The number of the pool's region in its ring's table of buffers.
 pub(super) const POOL: u16 = 0;
+
+/// What a slot is filled with while nobody holds it, where that is looked after.
+const IDLE: u8 = 0xdb;
 
 /// Bytes that are copied at a time between two places that the processor can't both see.
 const COPY: usize = 4 << 10;
@@ -83,6 +91,26 @@ struct Slot {
     offset: usize,
     /// The pool it returns to and its number there; `None` for memory of its own.
     home: Option<(Weak<Shared>, usize)>,
+}
+
+impl Slot {
+    fn bytes(&self) -> *mut u8 {
+        // SAFETY: the slot lies within its region, by construction.
+        unsafe { self.region.ptr.as_ptr().add(self.offset) }
+    }
+
+    /// Fills it, all of its `len` bytes: nobody holds it any more.
+    fn retire(&self, len: usize) {
+        // SAFETY: the slot is valid for its length, and nobody holds a reference into it.
+        unsafe { self.bytes().write_bytes(IDLE, len) };
+    }
+
+    /// Whether it is as it was retired.
+    fn is_idle(&self, len: usize) -> bool {
+        // SAFETY: the slot is valid for its length; nobody holds it, so that nobody writes to it.
+        let bytes = unsafe { std::slice::from_raw_parts(self.bytes(), len) };
+        bytes.chunks(ALIGN).all(|page| page == &[IDLE; ALIGN][..page.len()])
+    }
 }
 
 /// The memory of `len` bytes: regions of many slots lie on huge pages, so that a transfer is one run
@@ -145,8 +173,8 @@ impl Buf {
     /// the kernel is done.
     pub fn as_ptr(&self) -> *mut u8 {
         match &self.memory {
-            // SAFETY: the slot lies within its region and the window within its slot, by construction.
-            Memory::Own(slot) => unsafe { slot.region.ptr.as_ptr().add(slot.offset + self.start) },
+            // SAFETY: the window lies within its slot, by construction.
+            Memory::Own(slot) => unsafe { slot.bytes().add(self.start) },
             Memory::Lent(_) => std::ptr::without_provenance_mut(self.start),
         }
     }
@@ -253,7 +281,10 @@ impl Drop for Buf {
             && let Some(pool) = home.upgrade()
         {
             let class = pool.class_of(*index);
-            pool.free.borrow_mut()[class].push(*index);
+            if cfg!(debug_assertions) {
+                slot.retire(CLASSES[class].0);
+            }
+            pool.free.borrow_mut()[class].push_back(*index);
         }
     }
 }
@@ -270,7 +301,7 @@ pub struct Pool(Rc<Shared>);
 
 struct Shared {
     slots: RefCell<Vec<Rc<Slot>>>,
-    free: RefCell<[Vec<usize>; CLASSES.len()]>,
+    free: RefCell<[VecDeque<usize>; CLASSES.len()]>,
 }
 
 impl Shared {
@@ -298,12 +329,12 @@ impl Pool {
             for _ in 0..count {
                 let index = shared.slots.borrow().len();
                 let home = Some((Rc::downgrade(&shared), index));
-                shared.slots.borrow_mut().push(Rc::new(Slot {
-                    region: region.clone(),
-                    offset,
-                    home,
-                }));
-                shared.free.borrow_mut()[class].push(index);
+                let slot = Slot { region: region.clone(), offset, home };
+                if cfg!(debug_assertions) {
+                    slot.retire(bytes);
+                }
+                shared.slots.borrow_mut().push(Rc::new(slot));
+                shared.free.borrow_mut()[class].push_back(index);
                 offset += bytes;
             }
         }
@@ -311,13 +342,23 @@ impl Pool {
     }
 
     /// A buffer of `len` bytes, of arbitrary content: a slot, or the heap's when none is free.
+    ///
+    /// # Panics
+    /// With debug assertions, if the slot was written to while nobody held it.
     pub fn alloc(&self, len: usize) -> Buf {
         let mut free = self.0.free.borrow_mut();
         for (class, (bytes, _)) in CLASSES.iter().enumerate() {
+            let next = |free: &mut VecDeque<usize>| match cfg!(debug_assertions) {
+                // The one that was idle the longest.
+                true => free.pop_front(),
+                // The one that the processor's cache may still have.
+                false => free.pop_back(),
+            };
             if len <= *bytes
-                && let Some(index) = free[class].pop()
+                && let Some(index) = next(&mut free[class])
             {
                 let slot = self.0.slots.borrow()[index].clone();
+                debug_assert!(slot.is_idle(*bytes), "a buffer was written to after its return");
                 return Buf { memory: Memory::Own(slot), start: 0, len };
             }
         }
@@ -347,6 +388,21 @@ mod tests {
         drop(window);
         assert!(is_home(&pool.alloc(200 << 10)));
         drop(most);
+    }
+
+    #[test]
+    #[should_panic(expected = "after its return")]
+    fn who_writes_to_what_was_given_back_is_found() {
+        let pool = Pool::new(|_, _| false);
+        let all: Vec<Buf> = (0..32).map(|_| pool.alloc(256 << 10)).collect();
+        let late = all[7].as_ptr();
+        drop(all);
+        let all: Vec<Buf> = (0..32).map(|_| pool.alloc(256 << 10)).collect();
+        assert!(all.iter().all(is_home), "nothing was written");
+        drop(all);
+        // SAFETY: the pool, and with it the slot, is still there.
+        unsafe { late.add(100).write(1) };
+        let _all: Vec<Buf> = (0..32).map(|_| pool.alloc(256 << 10)).collect();
     }
 
     #[test]
