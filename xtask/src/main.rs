@@ -49,6 +49,9 @@ use crate::tool::{NO_ARGS, tool};
 #[derive(Parser)]
 #[command(name = "cargo xtask")]
 struct Args {
+    /// Runs only checks of a rig that have this in their names
+    #[arg(long, global = true)]
+    only: Option<String>,
     #[command(subcommand)]
     chore: Chore,
 }
@@ -107,13 +110,15 @@ enum Chore {
         #[arg(long, default_value_t = 60)]
         hang: u64,
     },
-    /// The server of a disk that can be ill, on standard input
+    /// The server of a disk that can be ill
     #[command(hide = true)]
     SlowDisk {
         /// Its content
         file: PathBuf,
         /// Says what it suffers from
         illness: PathBuf,
+        /// Where its file system is mounted
+        mount: PathBuf,
     },
     /// Rig: bad names, images, bits; two daemons; disks that are read-only, full, gone
     Hostile {
@@ -135,7 +140,8 @@ struct Aim {
 }
 
 fn main() -> ExitCode {
-    match run(Args::parse().chore) {
+    let args = Args::parse();
+    match run(args.chore, args.only) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("xtask: {error:#}");
@@ -144,12 +150,12 @@ fn main() -> ExitCode {
     }
 }
 
-fn run(chore: Chore) -> Result<()> {
-    if let Chore::SlowDisk { file, illness } = &chore {
-        return slow::serve(file, illness);
+fn run(chore: Chore, only: Option<String>) -> Result<()> {
+    if let Chore::SlowDisk { file, illness, mount } = &chore {
+        return slow::serve(file, illness, mount);
     }
     lab::heed_signals()?;
-    let mut report = Report::default();
+    let mut report = Report::of(only);
     match &chore {
         Chore::Inside => return vm::inside(),
         Chore::Vm(options) if options.list() => return Ok(()),

@@ -1,38 +1,36 @@
-//! A disk that can be made ill while it runs: slow, failing, silent, gone. A file behind a small NBD server
-//! of our own, behind FUSE and a loop device. (`nbdkit`'s delay is fixed at its start.)
+//! A disk that can be made ill while it runs: slow, failing, silent, gone. A file that FUSE shows to a loop
+//! device. (`nbdkit` has all of these, but fixed at its start, and `nbdfuse` lets a read that waits hold up
+//! those behind it, which no disk with a queue does.)
 //!
-//! The server (`cargo xtask slow-disk`, on the socket that is its standard input) knows what libnbd needs
-//! and no more: fixed newstyle, NBD_OPT_GO, simple replies. Every request is served by a thread of its own,
-//! so that waiting requests wait at the same time, as on a disk with a queue.
+//! The server, `cargo xtask slow-disk`, serves every request by a thread of its own, so that waiting requests
+//! wait at the same time.
 
+use std::ffi::OsStr;
 use std::fs::{self, File, OpenOptions};
-use std::io::{ErrorKind, Read, Write};
-use std::os::fd::AsFd;
+use std::io::ErrorKind;
 use std::os::unix::fs::FileExt;
-use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
-use anyhow::{Context, Result, anyhow, bail, ensure};
+use anyhow::{Context, Result, anyhow};
+use fuser::{
+    Config, Errno, FileAttr, FileHandle, FileType, Filesystem, FopenFlags, Generation, INodeNo,
+    InitFlags, KernelConfig, LockOwner, MountOption, OpenFlags, ReplyAttr, ReplyData, ReplyEmpty,
+    ReplyEntry, ReplyOpen, ReplyWrite, Request, WriteFlags,
+};
 
-use crate::subject::text;
 use crate::tool::{Process, tool};
 
-const NBDMAGIC: u64 = 0x4e42_444d_4147_4943;
-const IHAVEOPT: u64 = 0x4948_4156_454f_5054;
-const OPTION_REPLY: u64 = 0x3_e889_0455_65a9;
-const OPT_GO: u32 = 7;
-const REP_ACK: u32 = 1;
-const REP_INFO: u32 = 3;
-const REP_UNSUPPORTED: u32 = 1 << 31 | 1;
-const REQUEST: u32 = 0x2560_9513;
-const SIMPLE_REPLY: u32 = 0x6744_6698;
-/// HAS_FLAGS and SEND_FLUSH.
-const FLAGS: u16 = 1 | 4;
-/// The longest option or request, in bytes.
-const LONGEST: u32 = 64 << 20;
+/// What the one file of the file system is called.
+const NAME: &str = "disk";
+/// Its number.
+const NUMBER: INodeNo = INodeNo(2);
+/// Requests that the kernel hands on at the same time.
+const QUEUE: u16 = 128;
+/// Nothing of it changes.
+const TTL: Duration = Duration::from_secs(3600);
 
 /// What a disk suffers from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -70,110 +68,150 @@ impl Illness {
     }
 }
 
-/// Serves `file` on standard input, until the client leaves; what it suffers from the file `illness` says.
-pub fn serve(file: &Path, illness: &Path) -> Result<()> {
-    let stream = UnixStream::from(std::io::stdin().as_fd().try_clone_to_owned()?);
+/// Shows `file` as `mount/disk`, until it is killed; what it suffers from the file `illness` says.
+pub fn serve(file: &Path, illness: &Path, mount: &Path) -> Result<()> {
     let file = OpenOptions::new().read(true).write(true).open(file).context("opening the file")?;
-    let file = Arc::new(file);
-    let mut input = stream.try_clone()?;
-    negotiate(&mut input, file.metadata()?.len())?;
-    let output = Arc::new(Mutex::new(stream));
-    loop {
-        let mut head = [0; 28];
-        match input.read_exact(&mut head) {
-            Err(error) if error.kind() == ErrorKind::UnexpectedEof => return Ok(()),
-            other => other.context("reading a request")?,
+    let size = file.metadata()?.len();
+    let server = Server { file: Arc::new(file), size, illness: illness.to_owned() };
+    let mut config = Config::default();
+    config.mount_options = vec![MountOption::FSName("slow-disk".into())];
+    fuser::mount(server, mount, &config).context("mounting it")
+}
+
+/// The file system.
+struct Server {
+    file: Arc<File>,
+    size: u64,
+    illness: PathBuf,
+}
+
+impl Server {
+    fn attributes(&self, number: INodeNo) -> FileAttr {
+        let (kind, perm) = match number {
+            NUMBER => (FileType::RegularFile, 0o600),
+            _ => (FileType::Directory, 0o700),
+        };
+        let time = SystemTime::UNIX_EPOCH;
+        FileAttr {
+            ino: number,
+            size: self.size,
+            blocks: self.size / 512,
+            atime: time,
+            mtime: time,
+            ctime: time,
+            crtime: time,
+            kind,
+            perm,
+            nlink: 1,
+            uid: 0,
+            gid: 0,
+            rdev: 0,
+            flags: 0,
+            blksize: 4096,
         }
-        ensure!(u32::from_be_bytes(head[0..4].try_into()?) == REQUEST, "no request");
-        let command = u16::from_be_bytes(head[6..8].try_into()?);
-        let cookie: [u8; 8] = head[8..16].try_into()?;
-        let offset = u64::from_be_bytes(head[16..24].try_into()?);
-        let len = u32::from_be_bytes(head[24..28].try_into()?);
-        ensure!(len <= LONGEST, "a request of {len} bytes");
-        let mut data = vec![0; len as usize];
-        match command {
-            0 | 3 => {}
-            1 => input.read_exact(&mut data)?,
-            2 => return Ok(()),
-            _ => bail!("a request that was not offered: {command}"),
+    }
+}
+
+impl Filesystem for Server {
+    fn init(&mut self, _: &Request, config: &mut KernelConfig) -> std::io::Result<()> {
+        // The loop device's requests are to wait at the same time, in the kernel, too.
+        let _ = config.add_capabilities(InitFlags::FUSE_ASYNC_DIO);
+        let _ = config.set_max_background(QUEUE);
+        Ok(())
+    }
+
+    fn lookup(&self, _: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEntry) {
+        match parent == INodeNo::ROOT && name == NAME {
+            true => reply.entry(&TTL, &self.attributes(NUMBER), Generation(0)),
+            false => reply.error(Errno::ENOENT),
         }
-        let (file, output, illness) = (file.clone(), output.clone(), illness.to_owned());
+    }
+
+    fn getattr(&self, _: &Request, number: INodeNo, _: Option<FileHandle>, reply: ReplyAttr) {
+        reply.attr(&TTL, &self.attributes(number));
+    }
+
+    fn open(&self, _: &Request, _: INodeNo, _: OpenFlags, reply: ReplyOpen) {
+        // Past the page cache, and several requests for it at a time.
+        let flags = FopenFlags::FOPEN_DIRECT_IO | FopenFlags::FOPEN_PARALLEL_DIRECT_WRITES;
+        reply.opened(FileHandle(0), flags);
+    }
+
+    fn read(
+        &self,
+        _: &Request,
+        _: INodeNo,
+        _: FileHandle,
+        offset: u64,
+        size: u32,
+        _: OpenFlags,
+        _: Option<LockOwner>,
+        reply: ReplyData,
+    ) {
+        let (file, illness) = (self.file.clone(), self.illness.clone());
+        let len = u64::from(size).min(self.size.saturating_sub(offset)) as usize;
         thread::spawn(move || {
-            let done = match command {
-                0 => suffer(&illness).and_then(|()| file.read_exact_at(&mut data, offset)),
-                _ => {
-                    while Illness::read(&illness) == Illness::Silent {
-                        thread::sleep(Duration::from_millis(20));
-                    }
-                    if command == 1 { file.write_all_at(&data, offset) } else { file.sync_data() }
-                }
-            };
-            let mut reply = Vec::with_capacity(16 + data.len());
-            reply.extend(SIMPLE_REPLY.to_be_bytes());
-            reply.extend(if done.is_ok() { 0u32 } else { 5 }.to_be_bytes());
-            reply.extend(cookie);
-            if command == 0 && done.is_ok() {
-                reply.extend(data);
+            let mut data = vec![0; len];
+            match suffer(&illness).and_then(|()| file.read_exact_at(&mut data, offset)) {
+                Ok(()) => reply.data(&data),
+                Err(_) => reply.error(Errno::EIO),
             }
-            // A client that left waits for no answer.
-            let _ = output.lock().map(|mut output| output.write_all(&reply));
         });
+    }
+
+    fn write(
+        &self,
+        _: &Request,
+        _: INodeNo,
+        _: FileHandle,
+        offset: u64,
+        data: &[u8],
+        _: WriteFlags,
+        _: OpenFlags,
+        _: Option<LockOwner>,
+        reply: ReplyWrite,
+    ) {
+        let (file, illness, data) = (self.file.clone(), self.illness.clone(), data.to_vec());
+        thread::spawn(move || {
+            while_silent(&illness);
+            match file.write_all_at(&data, offset) {
+                Ok(()) => reply.written(data.len() as u32),
+                Err(_) => reply.error(Errno::EIO),
+            }
+        });
+    }
+
+    fn fsync(&self, _: &Request, _: INodeNo, _: FileHandle, _: bool, reply: ReplyEmpty) {
+        let (file, illness) = (self.file.clone(), self.illness.clone());
+        thread::spawn(move || {
+            while_silent(&illness);
+            match file.sync_data() {
+                Ok(()) => reply.ok(),
+                Err(_) => reply.error(Errno::EIO),
+            }
+        });
+    }
+}
+
+fn while_silent(illness: &Path) {
+    while Illness::read(illness) == Illness::Silent {
+        thread::sleep(Duration::from_millis(20));
     }
 }
 
 /// What a read suffers; an error if it fails of it.
 fn suffer(illness: &Path) -> std::io::Result<()> {
-    loop {
-        match Illness::read(illness) {
-            Illness::Silent => thread::sleep(Duration::from_millis(20)),
-            Illness::Slow(millis, percent) if fastrand::u32(..100) < percent => {
-                thread::sleep(Duration::from_millis(millis));
-                return Ok(());
-            }
-            Illness::Fails(percent) if fastrand::u32(..100) < percent => {
-                return Err(ErrorKind::Other.into());
-            }
-            _ => return Ok(()),
+    while_silent(illness);
+    match Illness::read(illness) {
+        Illness::Slow(millis, percent) if fastrand::u32(..100) < percent => {
+            thread::sleep(Duration::from_millis(millis));
         }
-    }
-}
-
-fn negotiate(stream: &mut UnixStream, size: u64) -> Result<()> {
-    let mut hello = Vec::new();
-    hello.extend(NBDMAGIC.to_be_bytes());
-    hello.extend(IHAVEOPT.to_be_bytes());
-    hello.extend(3u16.to_be_bytes());
-    stream.write_all(&hello)?;
-    let mut flags = [0; 4];
-    stream.read_exact(&mut flags)?;
-    loop {
-        let mut head = [0; 16];
-        stream.read_exact(&mut head)?;
-        ensure!(u64::from_be_bytes(head[0..8].try_into()?) == IHAVEOPT, "no option");
-        let option = u32::from_be_bytes(head[8..12].try_into()?);
-        let len = u32::from_be_bytes(head[12..16].try_into()?);
-        ensure!(len <= LONGEST, "an option of {len} bytes");
-        stream.read_exact(&mut vec![0; len as usize])?;
-        let mut reply = |kind: u32, body: &[u8]| -> Result<()> {
-            let mut message = Vec::new();
-            message.extend(OPTION_REPLY.to_be_bytes());
-            message.extend(option.to_be_bytes());
-            message.extend(kind.to_be_bytes());
-            message.extend(u32::try_from(body.len())?.to_be_bytes());
-            message.extend(body);
-            Ok(stream.write_all(&message)?)
-        };
-        if option != OPT_GO {
-            reply(REP_UNSUPPORTED, &[])?;
-            continue;
+        Illness::Fails(percent) if fastrand::u32(..100) < percent => {
+            return Err(ErrorKind::Other.into());
         }
-        let mut info = vec![0, 0];
-        info.extend(size.to_be_bytes());
-        info.extend(FLAGS.to_be_bytes());
-        reply(REP_INFO, &info)?;
-        reply(REP_ACK, &[])?;
-        return Ok(());
+        _ => {}
     }
+    Ok(())
 }
 
 /// A mounted ext4 disk that can be made ill, and whose device can be pulled.
@@ -205,12 +243,12 @@ impl SlowDisk {
         for made in [&fuse, &path] {
             fs::create_dir_all(made)?;
         }
-        let (file, illness) = (fuse.join("disk"), dir.join(format!("{name}.illness")));
+        let (file, illness) = (fuse.join(NAME), dir.join(format!("{name}.illness")));
         fs::write(&illness, Illness::None.write())?;
         let own = std::env::current_exe()?;
-        let mut server = tool("nbdfuse", [text(&file)?, "--command", text(&own)?, "slow-disk"])
-            .args([&backing, &illness])
-            .background(&dir.join(format!("{name}.nbdfuse.log")))?;
+        let mut server = tool(own, ["slow-disk"])
+            .args([&backing, &illness, &fuse])
+            .background(&dir.join(format!("{name}.server.log")))?;
         server.until(Duration::from_secs(10), || file.exists())?;
         // Past the page cache: what was read once must be slow again.
         let device = tool("losetup", ["--find", "--show", "--direct-io=on"]).args([&file]).out()?;

@@ -54,7 +54,7 @@ pub enum Signal {
 
 /// Runs what does not depend on how busy the machine is.
 pub fn run_untimed(lab: &Lab, report: &mut Report) {
-    let ready = loop_disks().and_then(|()| setup::need(&["mkfs.ext4", "nbdfuse"]));
+    let ready = loop_disks().and_then(|()| setup::need(&["mkfs.ext4"]));
     if let Err(error) = ready {
         return report.skip("promotion", &format!("{error:#}"));
     }
@@ -64,7 +64,7 @@ pub fn run_untimed(lab: &Lab, report: &mut Report) {
 
 /// Runs the rig; a picture of it goes to `chart`, if that is a directory.
 pub fn run(lab: &Lab, chart: Option<&Path>, report: &mut Report) {
-    let ready = loop_disks().and_then(|()| setup::need(&["mkfs.ext4", "nbdfuse"]));
+    let ready = loop_disks().and_then(|()| setup::need(&["mkfs.ext4"]));
     if let Err(error) = ready {
         return report.skip("promotion", &format!("{error:#}"));
     }
