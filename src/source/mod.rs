@@ -1,7 +1,8 @@
 //! Where an image's content is read from: its copies on several disks, and whatever else holds it.
 //!
 //! ```text
-//!   read ──► pieces of one chunk each ──► copies in order: sound and untroubled, troubled, unsound
+//!   read ──► pieces of one chunk each ──► copies in order: sound and untroubled ones (the faster tier
+//!                                           first, equals by stripes), troubled, unsound
 //!                                           │ error: the next at once
 //!                                           │ late: the next as well, the first answer counts
 //!                                           ▼ all failed

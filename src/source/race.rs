@@ -10,10 +10,14 @@ use futures_util::{
 
 use super::{Copy, Sources};
 use crate::{
+    catalog::Tier,
     error::{Error, Kind, Result},
     io::{Buf, Io},
     units::Chunk,
 };
+
+/// Chunks in a row that are read from the same one of several equal copies: longer than what is read ahead.
+const STRIPE: u64 = 64;
 
 impl<I: Io> Sources<I> {
     /// Fills `buf` from `offset`; all of it lies within one chunk.
@@ -165,10 +169,20 @@ impl Wait {
     }
 }
 
-/// The copies in the order in which they are to be asked for a chunk.
+/// The copies in the order in which they are to be asked for a chunk. Those that are equally good share the
+/// load by stripes: whoever reads a chunk finds it verified, and in the page cache once.
 fn order<I: Io>(copies: &[Arc<Copy<I>>], chunk: Chunk) -> Vec<&Copy<I>> {
+    let rank = |copy: &&Copy<I>| {
+        let disk = copy.disk();
+        (!copy.is_sound(chunk), disk.trouble().is_some(), disk.tier().unwrap_or(Tier::Ssd))
+    };
     let mut order: Vec<&Copy<I>> = copies.iter().map(|copy| &**copy).collect();
-    order.sort_by_key(|copy| (!copy.is_sound(chunk), copy.disk().trouble().is_some()));
+    order.sort_by_key(rank);
+    let first = order.first().map(rank);
+    let peers = order.iter().take_while(|copy| Some(rank(copy)) == first).count();
+    if peers > 1 {
+        order[..peers].rotate_left((chunk.0 / STRIPE % peers as u64) as usize);
+    }
     order
 }
 
@@ -177,5 +191,36 @@ async fn within<I: Io, T>(io: &I, future: impl Future<Output = T>, time: Duratio
     match select(pin!(future), pin!(io.sleep(time))).await {
         Either::Left((value, _)) => Some(value),
         Either::Right(_) => None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    //! Checked: who is asked first.
+
+    use super::*;
+    use crate::{
+        io::sim::Sim,
+        source::disk::{Disk, Trouble},
+    };
+
+    #[test]
+    fn equal_copies_share_an_image_by_stripes() {
+        let sim = Sim::new(1);
+        let file = sim.create(512, &[], 4096);
+        let tiers = [("hdd", Tier::Hdd), ("a", Tier::Ssd), ("b", Tier::Ssd)];
+        let copies = tiers.map(|(name, tier)| {
+            let disk = Arc::new(Disk::new(name, Some(tier), 64));
+            Arc::new(Copy::<Sim>::new(disk, (0, 0), file, file, 1000))
+        });
+        let asked = |chunk| {
+            let order = order(&copies, Chunk(chunk));
+            order.iter().map(|copy| copy.disk().name()).collect::<Vec<_>>()
+        };
+        assert_eq!(asked(0), ["a", "b", "hdd"]);
+        assert_eq!((asked(STRIPE - 1), asked(2 * STRIPE)), (asked(0), asked(0)));
+        assert_eq!(asked(STRIPE), ["b", "a", "hdd"]);
+        copies[1].disk().set_trouble(Some(Trouble::Slow));
+        assert_eq!((asked(0), asked(STRIPE)), (vec!["b", "hdd", "a"], vec!["b", "hdd", "a"]));
     }
 }

@@ -24,6 +24,7 @@ mod probes;
 mod promotion;
 mod report;
 mod savings;
+mod scale;
 mod setup;
 mod sick;
 mod slow;
@@ -87,6 +88,12 @@ enum Chore {
     Kill(Aim),
     /// Rig: what sharing saves, and what replicas cost
     Savings,
+    /// Rig: what start, status and fsck of ten disks with ten images take
+    Scale {
+        /// Replicas of the node
+        #[arg(long, default_value_t = 200)]
+        replicas: usize,
+    },
     /// Rig: chunks move to those who read them when a disk is slow; caches are damaged, filled, pulled
     Promotion {
         /// Draw latency over time, into this directory
@@ -196,6 +203,7 @@ fn run(chore: Chore, only: Option<String>) -> Result<()> {
         Chore::Vm(options) => vm::run(&Lab::open()?, &options, &mut report),
         Chore::Probes => probes::run(&Lab::open()?, &mut report),
         Chore::Savings => savings::run(&Lab::open()?, &mut report),
+        Chore::Scale { replicas } => scale::run(&Lab::open()?, replicas, &mut report),
         Chore::Hostile { seed } => {
             let lab = Lab::open()?;
             hostile::run(&lab, seed, &mut report);

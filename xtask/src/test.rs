@@ -15,7 +15,7 @@ use crate::subject::Against;
 use crate::tool::tool;
 use crate::{
     clients, demo, ebpf, guest, hostile, kill, metrics, packaging, place, probes, promotion,
-    savings, sick, survive, vm,
+    savings, scale, sick, survive, vm,
 };
 
 /// How long cargo may build and test, on two slow processors.
@@ -64,6 +64,7 @@ pub fn rigs(report: &mut Report) -> Result<()> {
     clients::run(&lab, Against::Underlay, 1, report);
     kill::run(&lab, Against::Underlay, 1, report);
     savings::run(&lab, report);
+    scale::run(&lab, 200, report);
     probes::run(&lab, report);
     promotion::run_untimed(&lab, report);
     survive::run(&lab, Duration::from_secs(6), false, report);
