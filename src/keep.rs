@@ -24,8 +24,8 @@ pub struct Held {
 pub struct Place {
     /// The disk.
     pub disk: Name,
-    /// Whether that holds images only.
-    pub pool: bool,
+    /// Whether that is of the kind that images are placed on.
+    pub fits: bool,
     /// How fast it is.
     pub tier: Option<Tier>,
     /// Whether it fails together with another disk that has a copy.
@@ -90,7 +90,7 @@ impl Keeper {
                 actions.push((*digest, Action::Make));
             } else if count > held.wanted && seen.surplus >= self.patience {
                 let worst = held.copies.iter().max_by_key(|place| {
-                    (place.troubled, place.together, !place.pool, place.tier, &place.disk)
+                    (place.troubled, place.together, !place.fits, place.tier, &place.disk)
                 });
                 actions.extend(worst.map(|worst| (*digest, Action::Remove(worst.disk.clone()))));
             }
@@ -108,7 +108,7 @@ mod tests {
 
     fn place(disk: &str) -> Place {
         let disk = disk.parse().unwrap();
-        Place { disk, pool: false, tier: Some(Tier::Ssd), together: false, troubled: false }
+        Place { disk, fits: false, tier: Some(Tier::Ssd), together: false, troubled: false }
     }
 
     fn tick(keeper: &mut Keeper, seconds: u64, wanted: usize, disks: &[&str]) -> Option<Action> {
@@ -148,7 +148,7 @@ mod tests {
             let mut keeper = Keeper::new(Duration::ZERO);
             keeper.tick(MINUTE, &BTreeMap::from([(DIGEST, held)])).pop().unwrap().1
         };
-        let pool = |place| Place { pool: true, ..place };
+        let pool = |place| Place { fits: true, ..place };
         let slow = |place| Place { tier: Some(Tier::Hdd), ..place };
         let ill = |place| Place { troubled: true, ..place };
         let gone = |disk: &str| Action::Remove(disk.parse().unwrap());

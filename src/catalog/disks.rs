@@ -26,15 +26,25 @@ use super::{
 };
 use crate::error::{Context, Error, Kind, Result};
 
-/// What a disk is for.
+/// What a disk is for, and on which disks images are placed where nobody says on which.
 #[derive(
-    Clone, Copy, Debug, PartialEq, Eq, Hash, serde::Serialize, serde::Deserialize, utoipa::ToSchema,
+    Clone,
+    Copy,
+    Debug,
+    Default,
+    PartialEq,
+    Eq,
+    Hash,
+    serde::Serialize,
+    serde::Deserialize,
+    utoipa::ToSchema,
 )]
 #[serde(rename_all = "lowercase")]
 pub enum Placement {
     /// Images and replicas.
     Direct,
     /// Images only.
+    #[default]
     Pool,
 }
 

@@ -21,6 +21,8 @@ use super::{
     claims::{Mode, Object, Want},
     dir::{Dir, EntryKind, SEALED_MODE, kind_of},
     disk::{CHUNKS, DATA, Disk, IMAGE_JSON, REFS},
+    disks::Placement,
+    media::Tier,
     name::{Digest, Name},
     node::{Claimed, Inner, Node},
     record::{self, FORMAT, ImageRecord, NAMES_MAX, RECORD_MAX, RefRecord, clip_source},
@@ -63,8 +65,14 @@ pub struct StagedCopy {
 }
 
 impl Node {
-    /// Begins a copy on `disk`, or on the disk that suits best: a pool disk before others, then
-    /// the one with the most free space; never one with less than `need_bytes`.
+    /// From now on images are placed on disks of this kind before others.
+    pub fn set_placement(&self, placement: Placement) {
+        self.0.view().placement = placement;
+    }
+
+    /// Begins a copy on `disk`, or on the disk that suits best: one of the kind that is preferred before
+    /// others (a pool disk, unless it was set), then of the fastest tier, then the one with the most free
+    /// space; never one with less than `need_bytes`.
     pub fn stage_copy(&self, disk: Option<&Name>, need_bytes: u64) -> Result<StagedCopy> {
         self.stage_where(disk, need_bytes, &|_| true)
     }
@@ -76,15 +84,15 @@ impl Node {
         need_bytes: u64,
         suits: &dyn Fn(&Disk) -> bool,
     ) -> Result<StagedCopy> {
-        let disks: Vec<(Arc<Disk>, Name, bool)> = {
+        let disks: Vec<Candidate> = {
             let view = self.0.view();
             match disk {
-                Some(name) => vec![candidate(view.disk(name)?)?],
+                Some(name) => vec![Candidate::of(view.disk(name)?, view.placement)?],
                 None => view
                     .disks
                     .iter()
-                    .filter_map(|slot| candidate(slot).ok())
-                    .filter(|(home, ..)| suits(home))
+                    .filter_map(|slot| Candidate::of(slot, view.placement).ok())
+                    .filter(|candidate| suits(&candidate.disk))
                     .collect(),
             }
         };
@@ -296,17 +304,30 @@ pub(crate) fn check_name(view: &View, name: &Name, digest: Digest) -> Result<()>
     }
 }
 
-fn candidate(slot: &Slot) -> Result<(Arc<Disk>, Name, bool)> {
-    Ok((slot.takes_new()?.clone(), slot.known.name.clone(), slot.is_pool()))
+/// A disk that a copy may be made on.
+struct Candidate {
+    disk: Arc<Disk>,
+    name: Name,
+    /// The lower, the better it suits, whatever its free space.
+    rank: (bool, Tier),
 }
 
-fn choose(disks: Vec<(Arc<Disk>, Name, bool)>, need: u64) -> Result<(Arc<Disk>, Name)> {
+impl Candidate {
+    fn of(slot: &Slot, placement: Placement) -> Result<Candidate> {
+        let disk = slot.takes_new()?.clone();
+        let unlike = slot.is_pool() != (placement == Placement::Pool);
+        let rank = (unlike, slot.tier().unwrap_or(Tier::Ssd));
+        Ok(Candidate { disk, name: slot.known.name.clone(), rank })
+    }
+}
+
+fn choose(disks: Vec<Candidate>, need: u64) -> Result<(Arc<Disk>, Name)> {
     let mut found = Vec::new();
     let mut refused = None;
-    for (disk, name, pool) in disks {
+    for Candidate { disk, name, rank } in disks {
         match disk.home.space() {
             Ok(space) if !space.read_only && space.free >= need => {
-                found.push((Reverse(pool), Reverse(space.free), name, disk));
+                found.push((rank, Reverse(space.free), name, disk));
             }
             Ok(_) => {
                 let full = || {

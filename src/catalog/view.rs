@@ -20,6 +20,8 @@ use uuid::Uuid;
 use super::{
     claims::Claims,
     disk::{Absence, Disk},
+    disks::Placement,
+    media::Tier,
     name::{Digest, Name},
     record::{DiskRecord, KnownDisk, RefRecord, ReplicaRecord},
     scan::{Contents, CopyFound, Reference, ReplicaFound},
@@ -37,6 +39,8 @@ pub(crate) struct View {
     /// Directories of replicas that are also on another disk, where they count.
     pub spares: Vec<Replica>,
     pub claims: Claims,
+    /// The kind of disk that images are placed on before others.
+    pub placement: Placement,
     /// Staging directories that somebody is at work in.
     pub live: HashSet<OsString>,
     /// Replicas that are there and can't be understood, and their disk.
@@ -128,6 +132,14 @@ impl Slot {
     }
 
     /// Whether it takes images only.
+    /// How fast it is, if it is there and that is known.
+    pub(crate) fn tier(&self) -> Option<Tier> {
+        match &self.at {
+            Attachment::Here(_, record) => record.tier,
+            Attachment::Away(_) => None,
+        }
+    }
+
     pub(crate) fn is_pool(&self) -> bool {
         matches!(&self.at, Attachment::Here(_, record) if record.pool)
     }

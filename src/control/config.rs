@@ -8,7 +8,7 @@ use std::{fs, io::Read, net::SocketAddr, path::Path, path::PathBuf};
 use serde::Deserialize;
 
 use crate::{
-    catalog::COPIES_MAX,
+    catalog::{COPIES_MAX, Placement},
     control::paths::Paths,
     error::{Context, Error, Kind, Result},
     source::Verify,
@@ -48,6 +48,8 @@ pub struct Config {
     pub clean_seconds: u64,
     /// How many copies of an image are wanted where nobody said.
     pub copies: u64,
+    /// Which disks images are placed on before others.
+    pub placement: Placement,
     /// Seconds that a lost copy is waited for before another is made.
     pub rebuild_after_seconds: u64,
     /// MiB a second at which that is done.
@@ -93,6 +95,7 @@ struct File {
     verify_reads: Option<Verify>,
     clean_seconds: Option<u64>,
     copies: Option<u64>,
+    placement: Option<Placement>,
     rebuild_after_seconds: Option<u64>,
     rebuild_mib: Option<u64>,
     scrub_days: Option<u64>,
@@ -120,6 +123,7 @@ impl Config {
             verify_reads: Verify::First,
             clean_seconds: 60,
             copies: 1,
+            placement: Placement::Pool,
             rebuild_after_seconds: 60,
             rebuild_mib: 64,
             scrub_days: 30,
@@ -170,6 +174,7 @@ impl Config {
             verify_reads: file.verify_reads.unwrap_or(default.verify_reads),
             clean_seconds: file.clean_seconds.unwrap_or(default.clean_seconds),
             copies: file.copies.unwrap_or(default.copies),
+            placement: file.placement.unwrap_or(default.placement),
             rebuild_after_seconds: file
                 .rebuild_after_seconds
                 .unwrap_or(default.rebuild_after_seconds),

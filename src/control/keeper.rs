@@ -12,7 +12,7 @@ use std::{
 };
 
 use crate::{
-    catalog::{CopyState, Digest, DiskState, Name},
+    catalog::{CopyState, Digest, DiskState, Name, Placement},
     control::{
         copying::{Copying, Order},
         service::blocking,
@@ -30,14 +30,22 @@ const PAUSE: Duration = Duration::from_secs(30);
 /// What keeps the copies.
 pub struct Keeping {
     copying: Copying,
-    /// How many copies are wanted where nobody said.
-    default: u32,
+    wanted: Wanted,
     rate: u64,
     now: Mutex<Option<Rebuild>>,
     stop: Arc<AtomicBool>,
     made: AtomicU64,
     removed: AtomicU64,
     failed: AtomicU64,
+}
+
+/// What is wanted where nobody said something else.
+#[derive(Clone, Copy, Debug)]
+pub struct Wanted {
+    /// How many copies of an image.
+    pub copies: u32,
+    /// The kind of disk that they are on rather than others.
+    pub placement: Placement,
 }
 
 /// A copy that is being made.
@@ -51,11 +59,10 @@ pub struct Rebuild {
 
 impl Keeping {
     /// Begins to keep copies; what is lost is waited for so long.
-    pub fn start(copying: Copying, default: u32, patience: Duration, rate: u64) -> Arc<Keeping> {
+    pub fn start(copying: Copying, wanted: Wanted, patience: Duration, rate: u64) -> Arc<Keeping> {
         let (now, stop) = Default::default();
         let (made, removed, failed) = Default::default();
-        let keeping =
-            Arc::new(Keeping { copying, default, rate, now, stop, made, removed, failed });
+        let keeping = Arc::new(Keeping { copying, wanted, rate, now, stop, made, removed, failed });
         tokio::spawn(keep_for_ever(Arc::downgrade(&keeping), Keeper::new(patience)));
         keeping
     }
@@ -109,12 +116,12 @@ impl Keeping {
             let homes: Vec<_> = ready.filter_map(|copy| up(&copy.disk)).collect();
             let copies = homes.iter().map(|disk| Place {
                 disk: disk.name.clone(),
-                pool: disk.pool,
+                fits: disk.pool == (self.wanted.placement == Placement::Pool),
                 tier: disk.tier,
                 together: homes.iter().any(|other| disk.fails_with.contains(&other.name)),
                 troubled: trouble(&disk.name).is_some(),
             });
-            let wanted = image.wanted_copies.unwrap_or(self.default) as usize;
+            let wanted = image.wanted_copies.unwrap_or(self.wanted.copies) as usize;
             images.insert(image.digest, Held { wanted, copies: copies.collect() });
         }
         images

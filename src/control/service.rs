@@ -30,7 +30,7 @@ use crate::{
         exports::{Exports, IMAGE, REPLICA},
         health::Health,
         job::Jobs,
-        keeper::Keeping,
+        keeper::{Keeping, Wanted},
         metrics::{Metrics, PageFormat, Sources},
         moves::RATE,
         promotion::Promotion,
@@ -106,7 +106,11 @@ impl Service {
         let scrub = Scrub::start(node.clone(), bases.clone(), rings.clone(), period, rate);
         let copying = Copying { node: node.clone(), bases, rings: rings.clone() };
         let patience = Duration::from_secs(config.rebuild_after_seconds);
-        let wanted = u32::try_from(config.copies).unwrap_or(1);
+        let wanted = Wanted {
+            copies: u32::try_from(config.copies).unwrap_or(1),
+            placement: config.placement,
+        };
+        node.set_placement(config.placement);
         let keeping = Keeping::start(copying, wanted, patience, config.rebuild_mib << 20);
         let promotion = Promotion::start(config, node.clone(), exports.clone(), views)?;
         let listener = tokio::net::UnixListener::from_std(socket.listener()?)

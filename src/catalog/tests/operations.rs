@@ -120,11 +120,19 @@ fn a_dropped_stage_leaves_nothing() {
 }
 
 #[test]
-fn a_place_is_chosen_pool_first() {
+fn a_place_is_chosen_by_kind_then_tier() {
     let (bench, node) = Bench::with(&["a"]);
     bench.add_pool(&node, "p");
     assert_eq!(node.stage_copy(None, 1).unwrap().disk(), &name("p"));
     assert_eq!(node.stage_copy(Some(&name("a")), 1).unwrap().disk(), &name("a"));
+    node.set_placement(Placement::Direct);
+    assert_eq!(node.stage_copy(None, 1).unwrap().disk(), &name("a"));
+    for (disk, tier) in [("slow", Tier::Hdd), ("fast", Tier::Nvme)] {
+        fs::create_dir_all(bench.path(disk)).unwrap();
+        let options = DiskOptions { tier: Some(tier), ..DiskOptions::default() };
+        node.add_disk(&bench.path(disk), options).unwrap();
+    }
+    assert_eq!(node.stage_copy(None, 1).unwrap().disk(), &name("fast"));
     let full = node.stage_copy(None, u64::MAX).err().unwrap();
     assert_eq!(full.kind(), Kind::NoSpace);
     assert!(full.to_string().contains(&u64::MAX.to_string()), "{full}");
