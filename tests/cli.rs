@@ -47,6 +47,7 @@ fn every_command_explains_itself() {
         "replica resize",
         "replica rm",
         "status",
+        "events",
         "fsck",
         "doctor",
         "demo",

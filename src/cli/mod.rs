@@ -11,6 +11,7 @@ mod cache;
 mod demo;
 mod disk;
 mod doctor;
+mod events;
 mod export;
 mod fsck;
 mod heatmap;
@@ -79,6 +80,7 @@ enum Command {
     #[command(subcommand)]
     Profile(profile::Profile),
     Heatmap(heatmap::Heatmap),
+    Events(events::Events),
     Fsck(fsck::Fsck),
     Doctor(doctor::Doctor),
     Demo(demo::Demo),
@@ -156,6 +158,7 @@ fn dispatch(command: Command, setting: Setting) -> Result<Outcome> {
             Command::Cache(command) => command.run(&setting).await,
             Command::Profile(command) => command.run(&setting).await,
             Command::Heatmap(command) => command.run(&setting).await,
+            Command::Events(command) => command.run(&setting).await,
             Command::Fsck(command) => command.run(&setting).await,
             Command::Doctor(command) => command.run(&setting).await,
             Command::Demo(command) => command.run(&setting).await,

@@ -5,7 +5,7 @@
 
 use std::{
     io::{self, IsTerminal, Write},
-    time::{Duration, Instant},
+    time::{Duration, Instant, UNIX_EPOCH},
 };
 
 use indicatif::{ProgressBar, ProgressStyle};
@@ -13,7 +13,10 @@ use serde::Serialize;
 
 use crate::{
     cli::size,
-    control::event::{Event, Progress},
+    control::{
+        event::{Event, Progress},
+        events::rfc3339,
+    },
     error::{Context, Result},
 };
 
@@ -133,17 +136,9 @@ pub fn plain(text: &str) -> String {
 
 /// Seconds since 1970 as a date and time in UTC.
 pub fn date(seconds: u64) -> String {
-    let (days, rest) = (seconds / 86_400, seconds % 86_400);
-    // Civil from days: years begin in March, so that the leap day comes last.
-    let shifted = days + 719_468;
-    let (era, day) = (shifted / 146_097, shifted % 146_097);
-    let year = (day - day / 1_460 + day / 36_524 - day / 146_096) / 365;
-    let day = day - (365 * year + year / 4 - year / 100);
-    let march = (5 * day + 2) / 153;
-    let month = if march < 10 { march + 3 } else { march - 9 };
-    let year = era * 400 + year + u64::from(month <= 2);
-    let day = day - (153 * march + 2) / 5 + 1;
-    format!("{year:04}-{month:02}-{day:02} {:02}:{:02}", rest / 3_600, rest / 60 % 60)
+    // A time that no clock tells is not worth a panic.
+    let time = UNIX_EPOCH.checked_add(Duration::from_secs(seconds)).unwrap_or(UNIX_EPOCH);
+    rfc3339(time).replace('T', " ").rsplitn(2, ':').last().unwrap_or_default().to_owned()
 }
 
 /// Shows how far work is: a bar on a terminal, JSON lines otherwise.

@@ -338,6 +338,19 @@ pub struct RemoveCopy {
     pub force: bool,
 }
 
+/// Which events are wanted.
+#[derive(Clone, Debug, Default, Serialize, Deserialize, IntoParams)]
+#[serde(deny_unknown_fields)]
+pub struct EventsWanted {
+    /// Those after the event of this number; all that are kept otherwise.
+    pub since: Option<u64>,
+    /// The start of the daemon that the number counts from, as an event gave it.
+    pub boot: Option<String>,
+    /// Go on with what happens from now on.
+    #[serde(default)]
+    pub follow: bool,
+}
+
 /// A copy that is being scrubbed.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct ScrubView {

@@ -3,7 +3,7 @@
 //! Invariant: a lock on an image's slot is held across I/O on disks with copies of it, on no other.
 
 use std::{
-    collections::HashMap,
+    collections::{HashMap, HashSet},
     fs::File,
     future::Future,
     pin::{Pin, pin},
@@ -17,6 +17,7 @@ use futures_util::{
     stream::FuturesUnordered,
 };
 use nix::fcntl::OFlag;
+use serde_json::json;
 use tokio::{sync::Mutex as AsyncMutex, time::timeout};
 
 use crate::{
@@ -24,6 +25,7 @@ use crate::{
     catalog::{Digest, Name, Node, OpenCopy, Tier},
     control::{
         config::{Caching, Config},
+        events::{Events, Happened},
         service::blocking,
         views::{Base, Views},
     },
@@ -41,6 +43,8 @@ type Slot = Arc<AsyncMutex<Weak<Base>>>;
 const DEPTH: usize = 64;
 /// How long caches are waited for that may have what no copy can give.
 const RESCUE: Duration = Duration::from_secs(10);
+/// Copies of which it is remembered that they can't be used.
+const UNUSABLE_MAX: usize = 10_000;
 /// How long a disk may take to open a copy while others could serve.
 const OPENING: Duration = Duration::from_secs(5);
 
@@ -51,16 +55,35 @@ pub struct Bases {
     views: Arc<Views>,
     caching: Caching,
     verify: Verify,
+    events: Arc<Events>,
     open: Mutex<HashMap<Digest, Slot>>,
+    /// The copies that were told not to be of use.
+    unusable: Mutex<HashSet<(Digest, Name)>>,
     disks: Mutex<HashMap<Name, Arc<Disk>>>,
 }
 
 impl Bases {
-    /// None yet, of `node`. What is promoted is seen by `views`.
-    pub fn new(config: &Config, node: Node, rings: Arc<Rings>, views: Arc<Views>) -> Bases {
+    /// None yet, of `node`. What is promoted is seen by `views`; what happens is told to `events`.
+    pub fn new(
+        config: &Config,
+        node: Node,
+        rings: Arc<Rings>,
+        views: Arc<Views>,
+        events: Arc<Events>,
+    ) -> Bases {
         let (caching, verify) = (config.image_io, config.verify_reads);
-        let (open, disks) = Default::default();
-        Bases { node, rings, views, caching, verify, open, disks }
+        let (open, unusable, disks) = Default::default();
+        Bases { node, rings, views, caching, verify, events, open, unusable, disks }
+    }
+
+    /// Who is told what happens.
+    pub fn events(&self) -> &Arc<Events> {
+        &self.events
+    }
+
+    /// An image as events call it.
+    pub fn called(&self, digest: Digest) -> String {
+        called(&self.node, digest)
     }
 
     /// The image of this digest, opened unless it is open.
@@ -149,7 +172,7 @@ impl Bases {
                     break;
                 }
                 Err(error) => {
-                    tracing::warn!(image = %digest, %disk, %error, "a copy can't be used");
+                    self.is_unusable(digest, &disk, &error);
                     copies.retain(|copy| copy.disk().name() != disk.as_str());
                 }
             }
@@ -185,10 +208,25 @@ impl Bases {
     ) -> Option<(Arc<Copy<Ring>>, OpenCopy)> {
         let (own, by) = (self.clone(), disk.clone());
         let opened = soon(move || own.open_copy(digest, &by)).await;
-        let told = |error: &Error| {
-            tracing::warn!(image = %digest, %disk, %error, "a copy can't be used");
-        };
-        opened.inspect_err(told).ok()
+        match &opened {
+            Ok(_) => drop(locked(&self.unusable).remove(&(digest, disk.clone()))),
+            Err(error) => self.is_unusable(digest, disk, error),
+        }
+        opened.ok()
+    }
+
+    /// Tells so, unless it was told before: it is tried again every second.
+    fn is_unusable(&self, digest: Digest, disk: &Name, error: &Error) {
+        let mut unusable = locked(&self.unusable);
+        // Of images and disks that are long gone.
+        if unusable.len() >= UNUSABLE_MAX {
+            unusable.clear();
+        }
+        if unusable.insert((digest, disk.clone())) {
+            let message = format!("its copy on disk {disk} can't be used: {error}");
+            let details = json!({ "digest": digest, "disk": disk, "error": error.kind() });
+            self.events.tell(Happened::CopyUnusable, self.called(digest), message, details);
+        }
     }
 
     fn open_copy(&self, digest: Digest, disk: &Name) -> Result<(Arc<Copy<Ring>>, OpenCopy)> {
@@ -242,6 +280,15 @@ pub(super) fn load_table(digest: Digest, copy: &OpenCopy) -> Result<ChunkTable> 
         ));
     }
     Ok(table)
+}
+
+/// An image as events call it: by its first name, if it has any.
+pub(super) fn called(node: &Node, digest: Digest) -> String {
+    let status = digest.to_string().parse().and_then(|name| node.image(&name)).ok();
+    match status.as_ref().and_then(|status| status.names.first()) {
+        Some(name) => format!("image {name}"),
+        None => format!("image {digest}"),
+    }
 }
 
 fn no_copy(digest: Digest) -> Error {

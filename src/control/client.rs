@@ -11,7 +11,10 @@ use hyper::{
     body::{Bytes, Frame, Incoming},
 };
 use hyper_util::rt::TokioIo;
-use serde::{Serialize, de::DeserializeOwned};
+use serde::{
+    Serialize,
+    de::{DeserializeOwned, IgnoredAny},
+};
 use tokio::{net::UnixStream, sync::mpsc, time::timeout};
 use tokio_stream::{StreamExt, wrappers::ReceiverStream};
 
@@ -101,6 +104,17 @@ impl Client {
         self.events(response, progress).await
     }
 
+    /// What is told at `path` in lines, each to `heard`: until it wants no more, or the daemon stops.
+    pub async fn follow<T: DeserializeOwned>(
+        &self,
+        path: &str,
+        mut heard: impl FnMut(T) -> Result<bool>,
+    ) -> Result<()> {
+        let response = self.send(request(Method::GET, path, nothing())?).await?;
+        let hear = |line| Ok((!heard(line)?).then_some(()));
+        self.lines(response, hear).await.map(|_| ())
+    }
+
     /// The content at `path`, as it comes: to be read by a thread that may block.
     pub async fn download(&self, path: &str) -> Result<upload::Reader> {
         let response = self.send(request(Method::GET, path, nothing())?).await?;
@@ -155,8 +169,27 @@ impl Client {
         response: Response<Incoming>,
         mut progress: impl FnMut(Progress),
     ) -> Result<T> {
+        let hear = |event: Event<T>| match event {
+            Event::Progress(at) => {
+                progress(at);
+                Ok(None)
+            }
+            Event::Done(result) => Ok(Some(result)),
+            Event::Error(error) => Err(error.into()),
+        };
+        let ended = self.lines(response, hear).await?;
+        ended.ok_or_else(|| self.broken("the answer ended early: the daemon was stopped"))
+    }
+
+    /// Hands each line of an answer to `hear`, until that has what it wants; `None` if it never has.
+    async fn lines<L: DeserializeOwned, T>(
+        &self,
+        response: Response<Incoming>,
+        mut hear: impl FnMut(L) -> Result<Option<T>>,
+    ) -> Result<Option<T>> {
         if !response.status().is_success() {
-            return self.answer(response).await;
+            self.answer::<IgnoredAny>(response).await?;
+            return Err(self.broken("a refusal without words"));
         }
         let mut body = response.into_body();
         let mut pending = Vec::new();
@@ -164,20 +197,18 @@ impl Client {
             let frame = frame.map_err(|error| self.broken(error))?;
             pending.extend_from_slice(frame.data_ref().map_or(&[][..], |data| data));
             while let Some(end) = pending.iter().position(|byte| *byte == b'\n') {
-                let event = serde_json::from_slice::<Event<T>>(&pending[..end])
+                let line = serde_json::from_slice::<L>(&pending[..end])
                     .map_err(|error| self.broken(error))?;
                 pending.drain(..=end);
-                match event {
-                    Event::Progress(at) => progress(at),
-                    Event::Done(result) => return Ok(result),
-                    Event::Error(error) => return Err(error.into()),
+                if let Some(wanted) = hear(line)? {
+                    return Ok(Some(wanted));
                 }
             }
             if pending.len() > LINE_MAX {
                 return Err(self.broken("a line of the answer is too long"));
             }
         }
-        Err(self.broken("the answer ended early: the daemon was stopped"))
+        Ok(None)
     }
 
     fn unreachable(&self, error: std::io::Error) -> Error {

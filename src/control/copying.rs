@@ -15,10 +15,11 @@ use std::{
 
 use futures_util::future::join_all;
 use nix::fcntl::{PosixFadviseAdvice, posix_fadvise};
+use serde_json::json;
 
 use crate::{
     catalog::{Digest, ImageStatus, Name, Node},
-    control::{bases::Bases, service::blocking, views::Base},
+    control::{bases::Bases, events::Happened, service::blocking, views::Base},
     error::{Context, Error, Kind, Result},
     image::{ChunkSum, ChunkTable},
     io::{Io, Rings},
@@ -51,6 +52,8 @@ pub struct Order<'a> {
     pub anyhow: bool,
     /// Bytes a second at most.
     pub rate: Option<u64>,
+    /// Why it is made, for who hears of it.
+    pub why: &'a str,
     /// Set once it is to be given up.
     pub cancel: &'a AtomicBool,
     /// Hears how many bytes of the image are done, of how many.
@@ -78,6 +81,12 @@ impl Copying {
         self.fill(&table, &data, order).map_err(within)?;
         data.sync_all().context(what).map_err(within)?;
         let status = self.node.publish_another(staged, order.digest).map_err(within)?;
+        let message = format!("a copy was made on disk {disk}: {}", order.why);
+        let details = json!({
+            "digest": order.digest, "disk": disk, "bytes": status.size, "why": order.why,
+        });
+        let object = self.bases.called(order.digest);
+        self.bases.events().tell(Happened::CopyMade, object, message, details);
         Ok((disk, status))
     }
 

@@ -12,11 +12,13 @@ use std::{
 };
 
 use axum::body::Bytes;
+use serde_json::json;
 use tokio::{runtime::Handle, sync::mpsc};
 
 use super::{
     api::{ExportOptions, ReplicaView},
     event::Progress,
+    events::Happened,
     exports::Exports,
     job::Job,
     service::Service,
@@ -240,6 +242,12 @@ pub struct ImportOverlay {
 impl ImportOverlay {
     /// Reads the stream to its end and makes the replica. Blocks.
     pub fn run(self, input: impl Read, job: &Job) -> Result<ReplicaView> {
+        let object = format!("replica {}", self.name);
+        let done = self.make(input, job);
+        done.inspect_err(|error| self.service.events().failed(object, "import", error))
+    }
+
+    fn make(&self, input: impl Read, job: &Job) -> Result<ReplicaView> {
         let within = |error: Error| error.within(format!("replica {}", self.name));
         let mut reader = parcel::Reader::new(input).map_err(within)?;
         let header = reader.header().clone();
@@ -264,7 +272,10 @@ impl ImportOverlay {
         let status = node.create_filled(new, Overlay::<Ring>::blank, |files| {
             Handle::current().block_on(self.fill(files, &mut reader, job))
         })?;
-        tracing::info!(replica = %self.name, disk = %self.disk, "replica imported");
+        let message = format!("made on disk {} of an overlay from elsewhere", self.disk);
+        let details = json!({ "id": status.id, "disk": self.disk, "digest": status.digest });
+        let object = format!("replica {}", self.name);
+        self.service.events().tell(Happened::ReplicaImported, object, message, details);
         Handle::current().block_on(self.service.replica(status.id.to_string().parse()?))
     }
 

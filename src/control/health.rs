@@ -15,17 +15,18 @@ use std::{
     time::{Duration, Instant},
 };
 
+use serde_json::json;
 use tokio::{task::JoinHandle, time::MissedTickBehavior};
 
 use crate::{
     catalog::{Digest, Name, Node},
-    control::{bases::Bases, service::blocking, views::Base},
+    control::{bases::Bases, events::Happened, service::blocking, views::Base},
     error::{Error, Kind, Result},
     histogram::Counts,
     io::{Ring, RingFile, Rings},
     promote::demand::FROM_MEMORY,
     source::{
-        Copy, Disk,
+        Copy, Disk, Trouble,
         judge::{Judge, Seen, Trial, Verdict},
         repair::Repair,
     },
@@ -54,6 +55,8 @@ struct State {
     ticked: Instant,
     disks: HashMap<String, Watch>,
     refreshing: Option<JoinHandle<()>>,
+    /// How many reads of an image were answered though no copy could.
+    rescued: HashMap<Digest, u64>,
     /// The disks on which something is being mended.
     mending: HashSet<String>,
     /// Copies that could not be mended, and when.
@@ -68,6 +71,8 @@ struct Watch {
     /// Since when none ended though some were under way.
     stuck: Option<Instant>,
     trial: Option<Arc<Mutex<Trial>>>,
+    /// The trouble that was told last.
+    told: Option<Trouble>,
 }
 
 impl Health {
@@ -78,6 +83,7 @@ impl Health {
             ticked: Instant::now(),
             disks: HashMap::new(),
             refreshing: None,
+            rescued: HashMap::new(),
             mending: HashSet::new(),
             hopeless: HashMap::new(),
         };
@@ -113,16 +119,11 @@ impl Health {
         for (name, verdict) in state.judge.tick(took, &seen) {
             let Some(disk) = disks.iter().find(|disk| disk.name() == name) else { continue };
             match verdict {
-                Verdict::Trouble(trouble) => {
-                    disk.set_trouble(Some(trouble));
-                    tracing::warn!(disk = name, trouble = trouble.name(), "asked last from now on");
-                }
-                Verdict::Well => {
-                    disk.set_trouble(None);
-                    tracing::info!(disk = name, "well again");
-                }
-            }
+                Verdict::Trouble(trouble) => disk.set_trouble(Some(trouble)),
+                Verdict::Well => disk.set_trouble(None),
+            };
         }
+        self.tell_troubles(&disks, &mut state);
         for disk in &disks {
             disk.set_usual(state.judge.usual(disk.name()));
             let Some(watch) = state.disks.get_mut(disk.name()) else { continue };
@@ -132,8 +133,55 @@ impl Health {
                 watch.trial = self.try_disk(disk, &bases);
             }
         }
+        self.tell_rescues(&bases, &mut state);
         drop(state);
         self.mend(&bases);
+    }
+
+    /// Tells who has fallen into trouble, by the judge's word or his readers', and who is well again.
+    fn tell_troubles(&self, disks: &[Arc<Disk>], state: &mut State) {
+        for disk in disks {
+            let Some(watch) = state.disks.get_mut(disk.name()) else { continue };
+            let now = disk.trouble();
+            let before = std::mem::replace(&mut watch.told, now);
+            let object = format!("disk {}", disk.name());
+            let events = self.bases.events();
+            match (before, now) {
+                (before, now) if before == now => {}
+                (_, Some(trouble)) => {
+                    let message = format!("{}: asked last from now on", trouble.name());
+                    let details = json!({ "disk": disk.name(), "trouble": trouble.name() });
+                    events.tell(Happened::DiskTrouble, object, message, details);
+                }
+                (_, None) => {
+                    let details = json!({ "disk": disk.name() });
+                    events.tell(Happened::DiskWell, object, "well again", details);
+                }
+            }
+        }
+    }
+
+    /// Tells which images had chunks that no copy could give.
+    fn tell_rescues(&self, bases: &[(Digest, Arc<Base>)], state: &mut State) {
+        let open: HashSet<Digest> = bases.iter().map(|(digest, _)| *digest).collect();
+        state.rescued.retain(|digest, _| open.contains(digest));
+        for (digest, base) in bases {
+            let rescued = base.sources().figures().rescued;
+            let before = state.rescued.insert(*digest, rescued).unwrap_or(0);
+            // An image that was closed and is open again counts anew.
+            let news = if rescued < before { rescued } else { rescued - before };
+            if news > 0 {
+                let message =
+                    format!("{news} reads that no copy could answer were, from elsewhere");
+                let details = json!({ "digest": digest, "reads": news });
+                self.bases.events().tell(
+                    Happened::Rescued,
+                    self.bases.called(*digest),
+                    message,
+                    details,
+                );
+            }
+        }
     }
 
     /// Reads a chunk of some copy on the disk, past the page cache.
@@ -174,11 +222,14 @@ impl Health {
                 unsound.truncate(BATCH);
                 let mut state = self.state();
                 let tried = state.hopeless.get(&(*digest, disk.clone()));
-                let waits = tried.is_some_and(|tried| tried.elapsed() < PAUSE);
+                let (told, waits) = (tried.is_some(), tried.is_some_and(|it| it.elapsed() < PAUSE));
                 if unsound.is_empty() || waits || !state.mending.insert(disk.clone()) {
                     continue;
                 }
                 drop(state);
+                if !told {
+                    self.tell_bad(*digest, &disk, &unsound);
+                }
                 let (own, digest) = (self.clone(), *digest);
                 let (base, copy) = (base.clone(), copy.clone());
                 tokio::spawn(async move {
@@ -188,13 +239,35 @@ impl Health {
                     match mended {
                         Ok((_, None)) => drop(state.hopeless.remove(&(digest, disk))),
                         Ok((_, Some(error))) | Err(error) => {
-                            tracing::warn!(image = %digest, disk, %error, "not repaired");
-                            state.hopeless.insert((digest, disk), Instant::now());
+                            let again =
+                                state.hopeless.insert((digest, disk.clone()), Instant::now());
+                            drop(state);
+                            match again {
+                                Some(_) => {
+                                    tracing::warn!(image = %digest, disk, %error, "not repaired")
+                                }
+                                None => own.tell_unrepaired(digest, &disk, &error),
+                            }
                         }
                     }
                 });
             }
         }
+    }
+
+    /// Tells of chunks of the copy on `disk` that are not what they must be.
+    pub fn tell_bad(&self, digest: Digest, disk: &str, chunks: &[Chunk]) {
+        let message = format!("{} chunks of its copy on disk {disk} are unsound", chunks.len());
+        let details = of_chunks(digest, disk, chunks);
+        self.bases.events().tell(Happened::ChunksBad, self.bases.called(digest), message, details);
+    }
+
+    /// Tells that chunks of the copy on `disk` stay as they are, and why.
+    pub fn tell_unrepaired(&self, digest: Digest, disk: &str, error: &Error) {
+        let message = format!("chunks of its copy on disk {disk} can't be written anew: {error}");
+        let details = json!({ "digest": digest, "disk": disk, "error": error.kind() });
+        let object = self.bases.called(digest);
+        self.bases.events().tell(Happened::ChunksUnrepaired, object, message, details);
     }
 
     /// Mends chunks of the image's copy on `disk`. How many were, and why the last of the others was not.
@@ -222,7 +295,7 @@ impl Health {
         let (node, by) = (self.node.clone(), name.clone());
         let file = blocking(move || node.mend_copy_on(digest, &by)).await?;
         let file = RingFile::new(file).map_err(|error| Error::io("its content", error))?;
-        let (mut mended, mut failed) = (0, None);
+        let (mut mended, mut written, mut failed) = (0, Vec::new(), None);
         for chunk in chunks {
             let (base, copy, file) = (base.clone(), copy.clone(), file.clone());
             let repair = self.rings.run(self.rings.pick(), move |ring| async move {
@@ -234,7 +307,7 @@ impl Health {
                 Ok(Repair::Written) => {
                     mended += 1;
                     self.repaired.fetch_add(1, Ordering::Relaxed);
-                    tracing::info!(image = %digest, disk = %name, chunk = chunk.0, "repaired");
+                    written.push(chunk);
                 }
                 Err(error) => {
                     self.unrepaired.fetch_add(1, Ordering::Relaxed);
@@ -242,12 +315,25 @@ impl Health {
                 }
             }
         }
+        if !written.is_empty() {
+            let message =
+                format!("{} chunks of its copy on disk {name} are repaired", written.len());
+            let details = of_chunks(digest, name.as_str(), &written);
+            let object = self.bases.called(digest);
+            self.bases.events().tell(Happened::ChunksRepaired, object, message, details);
+        }
         Ok((mended, failed))
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
         locked(&self.state)
     }
+}
+
+/// How many chunks of which copy, and the first of them.
+fn of_chunks(digest: Digest, disk: &str, chunks: &[Chunk]) -> serde_json::Value {
+    let first: Vec<u64> = chunks.iter().take(BATCH).map(|chunk| chunk.0).collect();
+    json!({ "digest": digest, "disk": disk, "count": chunks.len(), "chunks": first })
 }
 
 impl Watch {

@@ -126,7 +126,8 @@ async fn tell<T: Serialize>(
     let event = match last {
         Ok(Ok(result)) => Event::Done(result),
         Ok(Err(error)) => {
-            tracing::warn!(%error, "request failed");
+            // What of it concerns others is an event, told by the work itself.
+            tracing::debug!(%error, "request failed");
             Event::Error((&error).into())
         }
         Err(panic) => {
@@ -138,7 +139,8 @@ async fn tell<T: Serialize>(
     let _ = lines.send(line(&event)).await;
 }
 
-fn line<T: Serialize>(event: &Event<T>) -> Bytes {
+/// A line of a streamed answer.
+pub(super) fn line(event: &impl Serialize) -> Bytes {
     let mut line = serde_json::to_vec(event).unwrap_or_else(|error| {
         // A type of ours that JSON has no words for; the client sees the line as broken.
         tracing::error!(%error, "an event that can't be told");

@@ -3,7 +3,7 @@
 //! Invariant: one thing at a time is done, at a bounded rate, and nothing waits for it.
 
 use std::{
-    collections::{BTreeMap, HashMap},
+    collections::{BTreeMap, BTreeSet, HashMap},
     sync::{
         Arc, Mutex, PoisonError, Weak,
         atomic::{AtomicBool, AtomicU64, Ordering},
@@ -11,10 +11,13 @@ use std::{
     time::{Duration, Instant},
 };
 
+use serde_json::json;
+
 use crate::{
-    catalog::{CopyState, Digest, DiskState, Name, Placement},
+    catalog::{CopyState, Digest, DiskState, DiskStatus, Name, Placement},
     control::{
         copying::{Copying, Order},
+        events::Happened,
         service::blocking,
     },
     error::{Error, Kind, Result},
@@ -33,6 +36,8 @@ pub struct Keeping {
     wanted: Wanted,
     rate: u64,
     now: Mutex<Option<Rebuild>>,
+    /// The disks as they were at the last look.
+    disks: Mutex<HashMap<Name, DiskState>>,
     stop: Arc<AtomicBool>,
     made: AtomicU64,
     removed: AtomicU64,
@@ -60,9 +65,10 @@ pub struct Rebuild {
 impl Keeping {
     /// Begins to keep copies; what is lost is waited for so long.
     pub fn start(copying: Copying, wanted: Wanted, patience: Duration, rate: u64) -> Arc<Keeping> {
-        let (now, stop) = Default::default();
+        let (now, disks, stop) = Default::default();
         let (made, removed, failed) = Default::default();
-        let keeping = Arc::new(Keeping { copying, wanted, rate, now, stop, made, removed, failed });
+        let keeping =
+            Arc::new(Keeping { copying, wanted, rate, now, disks, stop, made, removed, failed });
         tokio::spawn(keep_for_ever(Arc::downgrade(&keeping), Keeper::new(patience)));
         keeping
     }
@@ -91,6 +97,7 @@ impl Keeping {
     fn look(&self) -> BTreeMap<Digest, Held> {
         let node = &self.copying.node;
         let disks = node.disks();
+        self.tell_disks(&disks);
         let troubles: HashMap<String, Trouble> = self
             .copying
             .bases
@@ -138,6 +145,7 @@ impl Keeping {
                         digest,
                         disk: None,
                         anyhow: false,
+                        why: "fewer were there than wanted",
                         rate: Some(own.rate),
                         cancel: &own.stop,
                         report: &report,
@@ -147,8 +155,7 @@ impl Keeping {
                 self.set_now(None);
                 let counter = if made.is_ok() { &self.made } else { &self.failed };
                 counter.fetch_add(1, Ordering::Relaxed);
-                let (disk, _) = made?;
-                tracing::info!(image = %digest, %disk, "a copy was made: fewer were there than wanted");
+                made?;
             }
             Action::Remove(disk) => {
                 let node = self.copying.node.clone();
@@ -163,10 +170,44 @@ impl Keeping {
                 blocking(move || node.remove_copy_on(&digest.to_string().parse()?, &from, false))
                     .await?;
                 self.removed.fetch_add(1, Ordering::Relaxed);
-                tracing::info!(image = %digest, %disk, "a copy was removed: more were there than wanted");
+                let message =
+                    format!("its copy on disk {disk} was removed: there were more than wanted");
+                let details = json!({ "digest": digest, "disk": disk, "why": "surplus" });
+                let bases = &self.copying.bases;
+                bases.events().tell(Happened::CopyRemoved, bases.called(digest), message, details);
             }
         }
         Ok(())
+    }
+
+    /// Tells which disks have vanished or returned since the last look.
+    fn tell_disks(&self, disks: &[DiskStatus]) {
+        let mut known = self.disks.lock().unwrap_or_else(PoisonError::into_inner);
+        let events = self.copying.bases.events();
+        for disk in disks {
+            let before = known.get(&disk.name).copied();
+            let object = format!("disk {}", disk.name);
+            let details = json!({ "disk": disk.name, "path": disk.path, "state": disk.state });
+            match (before.is_none_or(|state| state == DiskState::Present), disk.state) {
+                (false, DiskState::Present) => {
+                    events.tell(Happened::DiskBack, object, "it is there again", details);
+                }
+                (_, DiskState::Present) => {}
+                (_, state) if before == Some(state) => {}
+                _ => {
+                    let reason = disk.reason.as_deref().unwrap_or("it is not there");
+                    events.tell(Happened::DiskGone, object, reason, details);
+                }
+            }
+        }
+        *known = disks.iter().map(|disk| (disk.name.clone(), disk.state)).collect();
+    }
+
+    fn tell_short(&self, digest: Digest, error: &Error) {
+        let message = format!("its copies are not as many as are wanted: {error}");
+        let details = json!({ "digest": digest, "error": error.kind() });
+        let bases = &self.copying.bases;
+        bases.events().tell(Happened::CopyMissing, bases.called(digest), message, details);
     }
 
     fn set_now(&self, now: Option<Rebuild>) {
@@ -176,6 +217,8 @@ impl Keeping {
 
 async fn keep_for_ever(keeping: Weak<Keeping>, mut keeper: Keeper) {
     let (mut looked, mut paused) = (Instant::now(), BTreeMap::<Digest, Instant>::new());
+    // Those of which it was told that their copies can't be made.
+    let mut short = BTreeSet::<Digest>::new();
     loop {
         tokio::time::sleep(LOOK).await;
         let Some(keeping) = keeping.upgrade() else { return };
@@ -191,8 +234,16 @@ async fn keep_for_ever(keeping: Weak<Keeping>, mut keeper: Keeper) {
                 continue;
             }
             if let Err(error) = keeping.act(digest, action).await {
-                tracing::warn!(image = %digest, %error, "its copies are not as many as are wanted");
+                short.retain(|digest| images.contains_key(digest));
+                match short.insert(digest) {
+                    true => keeping.tell_short(digest, &error),
+                    false => {
+                        tracing::warn!(image = %digest, %error, "its copies are not as many as wanted");
+                    }
+                }
                 paused.insert(digest, Instant::now());
+            } else {
+                short.remove(&digest);
             }
         }
     }

@@ -6,6 +6,7 @@
 //!                                    │            │              └─> catalog, cow, blockdev::nbd
 //!                                    └─> job.rs   ├─> work.rs (imports, verifications)
 //!                                      long work  └─> metrics
+//! events.rs           what has happened: told once, logged, kept and followed
 //! api.rs, event.rs    what goes over the wire, on both sides
 //! config.rs, paths.rs, socket.rs      how and where it runs
 //! ```
@@ -20,6 +21,7 @@ pub mod api;
 pub mod client;
 pub mod config;
 pub mod event;
+pub mod events;
 pub mod paths;
 pub mod server;
 pub mod service;

@@ -18,9 +18,10 @@ use std::{
     time::{Duration, Instant},
 };
 
+use serde_json::json;
 use tokio::time::timeout;
 
-use super::{event::Progress, exports::Exports, job::Job, service::blocking};
+use super::{event::Progress, events::Happened, exports::Exports, job::Job, service::blocking};
 use crate::{
     blockdev::{Below, Footing, Replica},
     catalog::{Leftover, Name, Node, ReplicaStatus, StagedReplica},
@@ -204,7 +205,14 @@ impl Exports {
         let footing = Footing { overlay: new, base, rotational };
         let (paused, leftover) =
             self.switch(&replica, moving, staged, footing).await.map_err(within)?;
-        tracing::info!(replica = %name, disk = %to, ms = paused.as_millis(), copied, "replica moved");
+        let waited = paused.as_secs_f64() * 1000.0;
+        let message =
+            format!("moved from disk {} to {to}; requests waited {waited:.1} ms", status.disk);
+        let details = json!({
+            "id": status.id, "from": status.disk, "to": to, "copied_bytes": copied, "paused_ms": waited,
+        });
+        let object = format!("replica {name}");
+        self.bases().events().tell(Happened::ReplicaMoved, object, message, details);
         blocking(move || leftover.remove()).await.unwrap_or_else(|error| {
             tracing::warn!(%error, "what a move has left stays until fsck or the next start");
         });
@@ -333,7 +341,9 @@ impl Exports {
             }
             Err(_) => tracing::warn!(replica = %name, "its image stays open until it is closed"),
         }
-        tracing::info!(replica = %name, copied, "replica flattened");
+        let details = json!({ "id": status.id, "copied_bytes": copied });
+        let (object, message) = (format!("replica {name}"), "it needs no image any more");
+        self.bases().events().tell(Happened::ReplicaFlattened, object, message, details);
         Ok(copied)
     }
 }

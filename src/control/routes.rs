@@ -4,6 +4,7 @@
 //! Handlers hold no logic of their own: they check who asks and what is asked in which form, and
 //! hand it to the [`Service`].
 
+mod events;
 mod promotion;
 
 use std::{
@@ -90,6 +91,7 @@ pub fn router(service: Arc<Service>) -> Router {
             "/v1/probes/report",
             post(promotion::report).layer(DefaultBodyLimit::max(REPORT_MAX)),
         )
+        .route("/v1/events", get(events::events))
         .route("/v1/fsck", post(fsck))
         .route("/openapi.json", get(openapi))
         .route("/metrics", get(metrics))
@@ -157,11 +159,12 @@ pub fn router(service: Arc<Service>) -> Router {
         promotion::activity,
         promotion::watch,
         promotion::report,
+        events::events,
         fsck,
         metrics,
         openapi
     ),
-    components(schemas(Refusal, Progress))
+    components(schemas(Refusal, Progress, crate::control::events::Heard))
 )]
 struct Document;
 
@@ -608,7 +611,7 @@ mod tests {
                 described.push(format!("{method} {path}"));
             }
         }
-        assert_eq!(described.len(), 46, "{described:?}");
+        assert_eq!(described.len(), 47, "{described:?}");
         // References within the document lead somewhere.
         let text = document.to_string();
         for reference in text.split("\"$ref\":\"#/components/schemas/").skip(1) {

@@ -11,9 +11,11 @@ use std::{
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
+use serde_json::json;
+
 use crate::{
     catalog::{Digest, Name, Node, Scrubbed},
-    control::{bases::Bases, service::blocking, views::Base},
+    control::{bases::Bases, events::Happened, service::blocking, views::Base},
     error::{Error, Kind, Result},
     io::{Ring, Rings},
     source::Copy,
@@ -88,17 +90,27 @@ impl Scrub {
         let base = self.bases.base(digest).await?;
         let copies = base.sources().copies();
         let copy = copies.iter().find(|copy| copy.disk().name() == disk.as_str()).cloned();
+        let (events, object) = (self.bases.events().clone(), self.bases.called(digest));
+        let details = json!({ "digest": digest, "disk": disk });
+        let message = format!("its copy on disk {disk} is being read whole");
+        events.tell(Happened::ScrubBegun, &object, message, details);
+        let before = self.figures().0;
         let bad = match copy {
             Some(copy) => self.copy(digest, &disk, &base, &copy).await,
             // It could not be opened; it is looked at again when its time has come.
             None => Err(Error::new(Kind::Unavailable, format!("disk {disk}: its copy is gone"))),
         };
         self.set_now(None);
-        match &bad {
-            Ok(0) => tracing::info!(image = %digest, %disk, "scrubbed: sound"),
-            Ok(bad) => tracing::warn!(image = %digest, %disk, bad, "scrubbed: chunks are unsound"),
-            Err(error) => tracing::warn!(image = %digest, %disk, %error, "not scrubbed"),
-        }
+        let message = match &bad {
+            Ok(0) => format!("its copy on disk {disk} is sound"),
+            Ok(bad) => format!("{bad} chunks of its copy on disk {disk} are unsound"),
+            Err(error) => format!("its copy on disk {disk} was not read whole: {error}"),
+        };
+        let details = json!({
+            "digest": digest, "disk": disk, "bytes": self.figures().0 - before,
+            "bad": bad.as_ref().ok(), "error": bad.as_ref().err().map(Error::kind),
+        });
+        events.tell(Happened::ScrubEnded, &object, message, details);
         let done = Scrubbed { digest, disk, at: now(), bad: bad.unwrap_or(0) };
         let node = self.node.clone();
         blocking(move || node.record_scrubbed(done)).await?;
@@ -135,7 +147,7 @@ impl Scrub {
                 bad += 1;
                 failed += u64::from(error.kind() != Kind::Corrupt);
                 self.unsound.fetch_add(1, Ordering::Relaxed);
-                tracing::warn!(image = %digest, %disk, chunk = chunk.0, %error, "unsound");
+                tracing::debug!(image = %digest, %disk, chunk = chunk.0, %error, "unsound");
             }
             let len = image.len_of(chunk) as u64;
             self.bytes.fetch_add(len, Ordering::Relaxed);
@@ -143,7 +155,7 @@ impl Scrub {
             tokio::time::sleep_until(started + whole).await;
         }
         if failed > 0 {
-            tracing::warn!(image = %digest, %disk, failed, "chunks could not be read");
+            tracing::debug!(image = %digest, %disk, failed, "chunks could not be read");
         }
         Ok(bad)
     }

@@ -12,6 +12,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use serde_json::json;
 use uuid::Uuid;
 
 use crate::{
@@ -26,6 +27,7 @@ use crate::{
         bases::Bases,
         config::Config,
         copying::Copying,
+        events::{Events, Happened},
         export::{self, Export, ImportOverlay},
         exports::{Exports, IMAGE, REPLICA},
         health::Health,
@@ -52,6 +54,7 @@ const THREADS: usize = 8;
 /// A node's service.
 pub struct Service {
     node: Node,
+    events: Arc<Events>,
     exports: Arc<Exports>,
     attachments: Arc<Attachments>,
     promotion: Arc<Promotion>,
@@ -73,10 +76,10 @@ impl Service {
     pub async fn start(config: &Config, socket: &Socket) -> Result<Arc<Service>> {
         let state = config.state.clone();
         let node = blocking(move || Node::open(&state)).await?;
-        for disk in node.disks().iter().filter(|disk| disk.reason.is_some()) {
-            let reason = disk.reason.as_deref().unwrap_or_default();
-            tracing::warn!(disk = %disk.name, reason, "a disk can't be used as it should be");
-        }
+        let events = Arc::new(Events::default());
+        let version = env!("CARGO_PKG_VERSION");
+        let details = json!({ "version": version, "pid": std::process::id() });
+        events.tell(Happened::Started, "node", format!("version {version}"), details);
         let threads = match config.threads {
             0 => std::thread::available_parallelism().map_or(1, |n| n.get()).min(THREADS),
             threads => threads,
@@ -89,7 +92,8 @@ impl Service {
         let overlays = config.overlay_io;
         let tails = Tails::beside(&config.socket);
         let views: Arc<Views> = Arc::default();
-        let bases = Arc::new(Bases::new(config, node.clone(), rings.clone(), views.clone()));
+        let bases = Bases::new(config, node.clone(), rings.clone(), views.clone(), events.clone());
+        let bases = Arc::new(bases);
         let exports = Exports::new(
             node.clone(),
             rings.clone(),
@@ -122,6 +126,7 @@ impl Service {
             Attachments::restore(node.clone(), servers, exports.clone(), links).await?;
         Ok(Arc::new(Service {
             node,
+            events,
             exports,
             attachments,
             promotion,
@@ -148,6 +153,11 @@ impl Service {
         &self.node
     }
 
+    /// What has happened.
+    pub fn events(&self) -> &Arc<Events> {
+        &self.events
+    }
+
     /// The disks' health.
     pub(super) fn health(&self) -> &Arc<Health> {
         &self.health
@@ -158,8 +168,9 @@ impl Service {
         &self.jobs
     }
 
-    /// Gives up imports and verifications that are under way.
+    /// Gives up imports and verifications that are under way, and lets those go who follow events.
     pub fn cancel_jobs(&self) {
+        self.events.close();
         self.jobs.cancel();
         self.keeping.stop();
     }
@@ -265,7 +276,10 @@ impl Service {
         };
         let node = self.node.clone();
         let added = blocking(move || node.add_disk(&disk.path, options)).await?;
-        tracing::info!(disk = %added.name, path = %added.path.display(), "disk added");
+        let message = format!("added at {}", added.path.display());
+        let details = json!({ "disk": added.name, "id": added.id, "path": added.path });
+        let object = format!("disk {}", added.name);
+        self.events.tell(Happened::DiskAdded, object, message, details);
         Ok(added)
     }
 
@@ -275,7 +289,10 @@ impl Service {
         let forgotten = blocking(move || node.remove_disk(&by)).await?;
         // Whoever removed it unmounts it next, or gives its name to another.
         self.promotion.leave_disks().await;
-        tracing::info!(disk = %name, ?forgotten, "disk removed");
+        let erased = forgotten == catalog::Forgotten::Erased;
+        let message = if erased { "removed: nothing was on it" } else { "removed; its files stay" };
+        let details = json!({ "disk": name, "erased": erased });
+        self.events.tell(Happened::DiskRemoved, format!("disk {name}"), message, details);
         let note = match forgotten {
             catalog::Forgotten::Erased => None,
             catalog::Forgotten::Kept => {
@@ -350,7 +367,10 @@ impl Service {
         }
         let (node, by) = (self.node.clone(), name.clone());
         let unnamed = blocking(move || node.remove_image(&by)).await?;
-        tracing::info!(image = %name, ?unnamed, "image name removed");
+        let removed = unnamed == catalog::Unnamed::Removed;
+        let message = if removed { "removed" } else { "this name is removed; it has others" };
+        let details = json!({ "name": name, "digest": image.status.digest, "removed": removed });
+        self.events.tell(Happened::ImageRemoved, format!("image {name}"), message, details);
         if unnamed == catalog::Unnamed::Removed {
             self.promotion.forget(image.status.digest).await;
         }
@@ -384,8 +404,12 @@ impl Service {
     pub async fn remove_copy(&self, name: Name, disk: Name, anyhow: bool) -> Result<ImageView> {
         let (node, image, from) = (self.node.clone(), name.clone(), disk.clone());
         blocking(move || node.remove_copy_on(&image, &from, anyhow)).await?;
-        tracing::info!(image = %name, %disk, "a copy was given up");
-        self.image(name).await
+        let image = self.image(name).await?;
+        let message = format!("its copy on disk {disk} was given up");
+        let details = json!({ "digest": image.status.digest, "disk": disk, "why": "asked for" });
+        let object = self.exports.bases().called(image.status.digest);
+        self.events.tell(Happened::CopyRemoved, object, message, details);
+        Ok(image)
     }
 
     /// Who makes copies.
@@ -471,9 +495,13 @@ impl Service {
         .await?;
         self.metrics.replica_created(took);
         locked(&self.created_in).insert(status.id, took);
-        tracing::info!(
-            replica = %status.name, disk = %status.disk, ms = took.as_millis(), "replica created"
-        );
+        let details = json!({
+            "id": status.id, "disk": status.disk, "digest": status.digest,
+            "ms": took.as_millis() as u64,
+        });
+        let (object, message) =
+            (format!("replica {}", status.name), format!("created on disk {}", status.disk));
+        self.events.tell(Happened::ReplicaCreated, object, message, details);
         Ok(self.replica_view(status, None))
     }
 
@@ -492,7 +520,6 @@ impl Service {
             Ok(removed)
         };
         let removed = to_the_end(removal).await?;
-        tracing::info!(replica = %name, ?removed, "replica removed");
         let note = match removed {
             catalog::Removed::Whole => None,
             catalog::Removed::ReferenceLeft => Some(
@@ -506,6 +533,12 @@ impl Service {
                     .to_owned(),
             ),
         };
+        let message = match &note {
+            Some(note) => format!("removed; {note}"),
+            None => "removed".to_owned(),
+        };
+        let details = json!({ "name": name });
+        self.events.tell(Happened::ReplicaRemoved, format!("replica {name}"), message, details);
         Ok(Removed { removed: name.into(), note })
     }
 
@@ -518,7 +551,8 @@ impl Service {
             attachments.grown(id, size).await
         })
         .await?;
-        tracing::info!(replica = %name, size, "replica resized");
+        let (message, details) = (format!("it has {size} bytes now"), json!({ "bytes": size }));
+        self.events.tell(Happened::ReplicaResized, format!("replica {name}"), message, details);
         self.replica(name).await
     }
 
@@ -618,7 +652,12 @@ impl Service {
     pub async fn set_draining(&self, name: &Name, draining: bool) -> Result<DiskStatus> {
         let (node, by) = (self.node.clone(), name.clone());
         let disk = blocking(move || node.set_draining(&by, draining)).await?;
-        tracing::info!(disk = %name, draining, "disk changed");
+        let message = match draining {
+            true => "it takes nothing new from now on",
+            false => "it takes new things again",
+        };
+        let details = json!({ "disk": name, "draining": draining });
+        self.events.tell(Happened::DiskChanged, format!("disk {name}"), message, details);
         Ok(disk)
     }
 
@@ -678,7 +717,9 @@ impl Service {
         let repair = if request.repair { Repair::Mend } else { Repair::Report };
         let node = self.node.clone();
         let report = blocking(move || node.fsck(repair)).await?;
-        tracing::info!(problems = report.problems.len(), ?repair, "fsck");
+        let problems = report.problems.len();
+        let details = json!({ "problems": problems, "repair": request.repair });
+        self.events.tell(Happened::Fsck, "node", format!("{problems} problems"), details);
         Ok(report)
     }
 
@@ -692,6 +733,7 @@ impl Service {
             health: Some(&self.health),
             scrubbed: self.scrub.figures(),
             kept: self.keeping.figures(),
+            events: self.events.counts(),
             promotion: Some(self.promotion.metrics()),
             probes: Some(self.promotion.probe_metrics()),
         };

@@ -12,6 +12,8 @@ use std::{
     time::{Duration, Instant},
 };
 
+use serde_json::json;
+
 use crate::{
     catalog::{
         COPIES_MAX, Digest, DiskState, DiskStatus, ImageMeta, Name, ReplicaStatus, StagedCopy,
@@ -22,6 +24,7 @@ use crate::{
         },
         copying::Order,
         event::Progress,
+        events::Happened,
         job::Job,
         moves::Course,
         promotion::Promotion,
@@ -49,6 +52,12 @@ pub struct Import {
 impl Import {
     /// Reads `source` to its end and publishes what it holds. Blocks.
     pub fn import(self, source: Source, job: &Job) -> Result<ImageView> {
+        let (service, object) = (self.service.clone(), format!("image {}", self.name));
+        let done = self.publish(source, job);
+        done.inspect_err(|error| service.events().failed(object, "import", error))
+    }
+
+    fn publish(self, source: Source, job: &Job) -> Result<ImageView> {
         let started = Instant::now();
         let request = ImportRequest {
             name: self.name.to_string(),
@@ -65,10 +74,13 @@ impl Import {
             source: imported.source,
             source_sha256: imported.source_sha256,
         })?;
-        tracing::info!(
-            image = %self.name, digest = %status.digest, ms = started.elapsed().as_millis(),
-            "image imported"
-        );
+        let message = format!("imported from {}", status.source);
+        let details = json!({
+            "digest": status.digest, "bytes": status.size, "source": status.source,
+            "ms": started.elapsed().as_millis() as u64,
+        });
+        let object = format!("image {}", self.name);
+        self.service.events().tell(Happened::ImageImported, object, message, details);
         Ok(self.service.image_view(status))
     }
 }
@@ -86,6 +98,11 @@ pub struct Copies {
 impl Copies {
     /// Makes them. Blocks.
     pub fn run(self, job: &Job) -> Result<ImageView> {
+        let object = format!("image {}", self.name);
+        self.make(job).inspect_err(|error| self.service.events().failed(object, "copy", error))
+    }
+
+    fn make(&self, job: &Job) -> Result<ImageView> {
         let node = self.service.node();
         let made = AtomicU32::new(0);
         let report = |done, all| {
@@ -102,6 +119,7 @@ impl Copies {
                 disk,
                 anyhow: self.anyhow,
                 rate: None,
+                why: "asked for",
                 cancel: job.cancel(),
                 report: &report,
             })
@@ -117,8 +135,7 @@ impl Copies {
         } else {
             let wanted = node.image(&self.name)?.wanted_copies.unwrap_or(1);
             while (node.ready_copies(self.digest).len() as u32) < wanted {
-                let (disk, _) = make(None).map_err(within)?;
-                tracing::info!(image = %self.name, %disk, "a copy was made");
+                make(None).map_err(within)?;
                 made.fetch_add(1, Ordering::Relaxed);
             }
         }
@@ -188,12 +205,16 @@ impl Verify {
         verified.chunks = found.chunks;
         let (mut repaired, mut error) = (0, None);
         if !found.bad.is_empty() {
-            let chunks = found.bad.iter().copied().map(Chunk).collect();
+            let chunks: Vec<Chunk> = found.bad.iter().copied().map(Chunk).collect();
+            self.service.health().tell_bad(self.digest, disk.as_str(), &chunks);
             let mend = self.service.health().mend_image(self.digest, disk.clone(), chunks);
             // This thread may block; what mends are tasks of the runtime and the rings.
             match tokio::runtime::Handle::current().block_on(mend) {
                 Ok(mended) => (repaired, error) = mended,
                 Err(failed) => error = Some(failed),
+            }
+            if let Some(error) = &error {
+                self.service.health().tell_unrepaired(self.digest, disk.as_str(), error);
             }
         }
         let bad = found.bad.len() as u64;
@@ -245,7 +266,13 @@ pub enum What {
 impl Rework {
     /// Does it, to its end. Blocks.
     pub fn run(self, job: &Job) -> Result<Reworked> {
-        tokio::runtime::Handle::current().block_on(self.work(job))
+        let (service, object) = (self.service.clone(), format!("replica {}", self.replica.name));
+        let what = match &self.what {
+            What::Move(_) => "migrate",
+            What::Flatten => "flatten",
+        };
+        let done = tokio::runtime::Handle::current().block_on(self.work(job));
+        done.inspect_err(|error| service.events().failed(object, what, error))
     }
 
     async fn work(self, job: &Job) -> Result<Reworked> {
@@ -283,6 +310,17 @@ impl DrainDisk {
     /// Moves every replica away, and every copy that is wanted. What was moved before it was given up
     /// stays moved. Blocks.
     pub fn run(self, job: &Job) -> Result<Drained> {
+        let (events, object) = (self.service.events(), format!("disk {}", self.disk));
+        let done = self.empty(job);
+        let drained = done.inspect_err(|error| events.failed(&object, "drain", error))?;
+        let (moved, copies) = (drained.moved.len(), drained.copies.len());
+        let message = format!("drained: {moved} replicas and {copies} copies have left it");
+        let details = json!({ "disk": self.disk, "replicas": moved, "copies": copies });
+        events.tell(Happened::DiskDrained, object, message, details);
+        Ok(drained)
+    }
+
+    fn empty(&self, job: &Job) -> Result<Drained> {
         let moved = tokio::runtime::Handle::current().block_on(self.move_replicas(job))?;
         let copies = self.move_copies(job)?;
         let disk = self.service.node().disk(&self.disk)?;
@@ -319,13 +357,17 @@ impl DrainDisk {
                     disk: None,
                     anyhow: false,
                     rate: (self.rate > 0).then_some(self.rate),
+                    why: "another leaves its disk",
                     cancel: job.cancel(),
                     report: &report,
                 });
-                let (disk, _) = made.map_err(within)?;
-                tracing::info!(image = name, %disk, "a copy was made: another leaves its disk");
+                made.map_err(within)?;
             }
             node.remove_copy_on(&digest.to_string().parse()?, &self.disk, false).map_err(within)?;
+            let message = format!("its copy has left disk {}, which is drained", self.disk);
+            let details = json!({ "digest": digest, "disk": self.disk, "why": "drain" });
+            let object = format!("image {name}");
+            self.service.events().tell(Happened::CopyRemoved, object, message, details);
             gone.push(name);
         }
         Ok(gone)

@@ -188,9 +188,8 @@ impl Disk {
     }
 
     fn fall(&self, trouble: Trouble) {
-        if self.set_trouble(Some(trouble)) {
-            tracing::warn!(disk = self.name, trouble = trouble.name(), "asked last from now on");
-        }
+        // It is told by who looks at all disks from time to time.
+        self.set_trouble(Some(trouble));
     }
 }
 

@@ -18,6 +18,7 @@ use crate::{
         CopyState, Digest, DiskState, Node, NodeStatus, Outline, ReplicaState, ReplicaStatus, Tier,
     },
     control::{
+        events::Happened,
         exports::{Exports, IMAGE, REPLICA},
         health::Health,
         surveys::Told,
@@ -43,6 +44,8 @@ pub struct Sources<'a> {
     pub scrubbed: (u64, u64),
     /// Copies that were made because they were missing, removed as surplus, and could not be made.
     pub kept: [u64; 3],
+    /// How many events of each kind there were.
+    pub events: Vec<(Happened, u64)>,
     /// Promotion; `None` where there is none.
     pub promotion: Option<Promotion>,
     /// What the probes saw; `None` where there are none, not even unwilling ones.
@@ -325,7 +328,14 @@ fn reading(sources: &Sources<'_>, outline: &Outline) -> Reading {
     let mut disks = bases.disks();
     disks.sort_by(|a, b| a.name().cmp(b.name()));
     let repaired = sources.health.map(Health::repaired).unwrap_or_default();
-    Reading { images, disks, repaired, scrubbed: sources.scrubbed, kept: sources.kept }
+    Reading {
+        images,
+        disks,
+        repaired,
+        scrubbed: sources.scrubbed,
+        kept: sources.kept,
+        events: sources.events.clone(),
+    }
 }
 
 /// What replicas read, summed where several images have one name in common with none other.

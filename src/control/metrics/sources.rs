@@ -3,7 +3,10 @@
 use std::{fmt, sync::Arc};
 
 use super::page::{About, Of, Page};
-use crate::source::{Disk, Figures, Trouble};
+use crate::{
+    control::events::Happened,
+    source::{Disk, Figures, Trouble},
+};
 
 const RACED: About = About("source_reads", Of::Things, "Reads of images that have several copies");
 const FAILOVERS: About = About(
@@ -41,6 +44,8 @@ const REMOVED: About =
 const NOT_MADE: About =
     About("copies_failed", Of::Things, "Attempts to make such a copy that failed");
 
+const EVENTS: About = About("events", Of::Things, "What has happened on the node, by kind");
+
 /// What there is to tell.
 #[derive(Default)]
 pub struct Reading {
@@ -54,6 +59,8 @@ pub struct Reading {
     pub scrubbed: (u64, u64),
     /// Copies that were made because they were missing, removed as surplus, and could not be made.
     pub kept: [u64; 3],
+    /// How many events of each kind there were.
+    pub events: Vec<(Happened, u64)>,
 }
 
 impl fmt::Debug for Reading {
@@ -90,5 +97,7 @@ pub(super) fn tell(page: &mut Page<'_>, reading: &Reading) -> fmt::Result {
     page.count(UNSOUND, reading.scrubbed.1)?;
     page.count(MADE, reading.kept[0])?;
     page.count(REMOVED, reading.kept[1])?;
-    page.count(NOT_MADE, reading.kept[2])
+    page.count(NOT_MADE, reading.kept[2])?;
+    let events = reading.events.iter();
+    page.counter(EVENTS, events.map(|(kind, count)| ([("kind", kind.word())], *count)))
 }

@@ -100,6 +100,7 @@ fn snapshot(replicas: usize) -> Snapshot {
             repaired: (2, 1),
             scrubbed: (1 << 20, 1),
             kept: [3, 1, 2],
+            events: crate::control::events::Happened::ALL.map(|kind| (kind, 1)).into(),
         },
         promotion: Some(Promotion {
             rate_bytes: 1 << 25,
