@@ -5,6 +5,7 @@
 
 mod apt;
 mod bench;
+mod chaos;
 mod clients;
 mod daemon;
 mod demo;
@@ -107,6 +108,15 @@ enum Chore {
         #[arg(long, default_value_t = 60)]
         hang: u64,
     },
+    /// Rig: drain, migrate, flatten, resize, rm, import at once, under load, with kill -9 in each round
+    Churn {
+        /// How many times the daemon is killed
+        #[arg(long, default_value_t = 200)]
+        rounds: u64,
+        /// The seed of who does what, and when
+        #[arg(long, default_value_t = 1)]
+        seed: u64,
+    },
     /// The server of a disk that can be ill, on standard input
     #[command(hide = true)]
     SlowDisk {
@@ -185,6 +195,7 @@ fn run(chore: Chore) -> Result<()> {
         Chore::Survive { hang } => {
             survive::run(&Lab::open()?, Duration::from_secs(hang), true, &mut report);
         }
+        Chore::Churn { rounds, seed } => chaos::churn(&Lab::open()?, rounds, seed, &mut report),
         Chore::Demo => demo::run(&Lab::open()?, &mut report),
         Chore::Metrics => metrics::run(&Lab::open()?, &mut report),
         Chore::Vm(options) => vm::run(&Lab::open()?, &options, &mut report),
