@@ -24,8 +24,9 @@ use crate::tool::json;
 
 /// Refusals that say that something else stands in the way.
 const GOOD_REASONS: [&str; 6] = ["not_found", "exists", "in_use", "locked", "invalid", "no_space"];
-/// And that no disk takes anything new.
-const NOWHERE: &str = "no disk is there to hold";
+/// And such as are known by their words: no disk takes anything new; an export, once its answer has begun,
+/// can only tell in words why it ends.
+const GOOD_WORDS: [&str; 2] = ["no disk is there to hold", "; wait for that, or interrupt it"];
 /// Besides, where disks are ill.
 const ILL_REASONS: [&str; 4] = ["io", "unavailable", "corrupt", "read_only"];
 /// Names that replicas may have.
@@ -404,13 +405,14 @@ impl Actor<'_> {
         let error = json(last).with_context(|| format!("underlay {line}: {}", outcome.said()))?;
         let error = &error["error"];
         let kind = error["kind"].as_str().unwrap_or_default();
-        let nowhere = error["message"].as_str().is_some_and(|it| it.contains(NOWHERE));
+        let says = |why: &&str| error["message"].as_str().is_some_and(|it| it.contains(why));
+        let told = GOOD_WORDS.iter().any(|why| says(why));
         let good =
-            nowhere || GOOD_REASONS.contains(&kind) || (self.ill && ILL_REASONS.contains(&kind));
+            told || GOOD_REASONS.contains(&kind) || (self.ill && ILL_REASONS.contains(&kind));
         ensure!(good, "underlay {line}: {error}");
         self.world.count(act, 1);
         // After a failure of a disk nobody can be sure.
-        Ok(if GOOD_REASONS.contains(&kind) { Ended::Refused } else { Ended::Cut })
+        Ok(if told || GOOD_REASONS.contains(&kind) { Ended::Refused } else { Ended::Cut })
     }
 
     fn here(&self) -> usize {

@@ -99,7 +99,8 @@ impl World {
 
     /// The right to make, remove or change something; `None` if somebody else is at it.
     pub fn claim(&self, what: String) -> Option<Claim<'_>> {
-        self.state().claims.insert(what.clone()).then_some(Claim { world: self, what })
+        let free = self.state().claims.insert(what.clone());
+        free.then(|| Claim { world: self, what })
     }
 
     /// Any replica that is there, as it is now.
