@@ -117,6 +117,15 @@ enum Chore {
         #[arg(long, default_value_t = 1)]
         seed: u64,
     },
+    /// Rig: a day's worth of trouble in minutes: sick disks, damage, deaths, and all of churn
+    Chaos {
+        /// For how long
+        #[arg(long, default_value_t = 15)]
+        minutes: u64,
+        /// The seed of what happens
+        #[arg(long, default_value_t = 1)]
+        seed: u64,
+    },
     /// The server of a disk that can be ill, on standard input
     #[command(hide = true)]
     SlowDisk {
@@ -196,6 +205,9 @@ fn run(chore: Chore) -> Result<()> {
             survive::run(&Lab::open()?, Duration::from_secs(hang), true, &mut report);
         }
         Chore::Churn { rounds, seed } => chaos::churn(&Lab::open()?, rounds, seed, &mut report),
+        Chore::Chaos { minutes, seed } => {
+            chaos::chaos(&Lab::open()?, Duration::from_secs(minutes * 60), seed, &mut report);
+        }
         Chore::Demo => demo::run(&Lab::open()?, &mut report),
         Chore::Metrics => metrics::run(&Lab::open()?, &mut report),
         Chore::Vm(options) => vm::run(&Lab::open()?, &options, &mut report),

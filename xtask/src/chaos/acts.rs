@@ -7,6 +7,7 @@
 
 use std::fs;
 use std::path::PathBuf;
+use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
 use std::time::Duration;
@@ -59,8 +60,6 @@ pub struct Actor<'a> {
     pub hours: &'a Hours,
     /// A directory for files.
     pub dir: PathBuf,
-    /// Whether disks may be ill.
-    pub ill: bool,
     /// Decides what is done.
     pub rng: Rng,
 }
@@ -68,7 +67,6 @@ pub struct Actor<'a> {
 impl Actor<'_> {
     /// Goes on until it is over, or the daemon is killed and nobody connects again.
     pub fn run(mut self) -> Result<()> {
-        use std::sync::atomic::Ordering;
         while !self.hours.over.load(Ordering::SeqCst) {
             if self.hours.is_dying() {
                 if !self.hours.again {
@@ -117,6 +115,7 @@ impl Actor<'_> {
             stands: Stands::On,
             content: Arc::new(Mutex::new(Content::new(image.content.clone(), size))),
             used: false,
+            kept: false,
         };
         let (disk, size) = (self.disk(), size.to_string());
         let args =
@@ -147,7 +146,7 @@ impl Actor<'_> {
         // Also such as are in use: it has to be refused.
         // A client that lost its connection uses none.
         let again = self.hours.again;
-        let may = |it: &Replica| if it.used { !again } else { !few };
+        let may = |it: &Replica| if it.used { !again } else { !few && !it.kept };
         let any = self.world.any_replica(&mut self.rng, may);
         let Some((name, replica)) = any else { return Ok(()) };
         let Some(_claim) = self.world.claim(format!("replica/{name}")) else { return Ok(()) };
@@ -176,7 +175,7 @@ impl Actor<'_> {
     }
 
     fn flatten(&mut self) -> Result<()> {
-        let any = self.world.any_replica(&mut self.rng, |it| it.stands != Stands::Alone);
+        let any = self.world.any_replica(&mut self.rng, |it| !it.kept && it.stands != Stands::Alone);
         let Some((name, _)) = any else { return Ok(()) };
         let Some(_claim) = self.world.claim(format!("flatten/{name}")) else { return Ok(()) };
         let rate = self.rate();
@@ -256,7 +255,9 @@ impl Actor<'_> {
             return Ok(());
         }
         let image = &self.world.sources[source];
+        let away = self.world.away.load(Ordering::SeqCst);
         let now = match self.call("image rm", &["image", "rm", &image.name])? {
+            Ended::Done(_) if away || self.world.away.load(Ordering::SeqCst) => Presence::Unknown,
             Ended::Done(_) => Presence::Gone,
             Ended::Refused => Presence::Here,
             Ended::Cut => Presence::Unknown,
@@ -326,6 +327,7 @@ impl Actor<'_> {
             presence: Presence::Unknown,
             stands: Stands::On,
             content: Arc::new(Mutex::new(content)),
+            kept: false,
             ..replica
         };
         let disk = self.disk();
@@ -377,11 +379,14 @@ impl Actor<'_> {
         if let Some(input) = input {
             command = command.input(input);
         }
-        if self.rng.u8(..GIVEN_UP) == 0 {
+        let given_up = self.rng.u8(..GIVEN_UP) == 0;
+        if given_up {
             command = command.limit(Duration::from_millis(self.rng.u64(20..GIVEN_UP_AFTER)));
         }
         let began = self.hours.is_dying();
+        let line = args.join(" ");
         let Some(outcome) = command.outcome_within()? else {
+            ensure!(given_up, "underlay {line}: it takes for ever");
             self.world.count(act, 2);
             return Ok(Ended::Cut);
         };
@@ -408,7 +413,7 @@ impl Actor<'_> {
         let says = |why: &&str| error["message"].as_str().is_some_and(|it| it.contains(why));
         let told = GOOD_WORDS.iter().any(|why| says(why));
         let good =
-            told || GOOD_REASONS.contains(&kind) || (self.ill && ILL_REASONS.contains(&kind));
+            told || GOOD_REASONS.contains(&kind) || (self.world.ill && ILL_REASONS.contains(&kind));
         ensure!(good, "underlay {line}: {error}");
         self.world.count(act, 1);
         // After a failure of a disk nobody can be sure.

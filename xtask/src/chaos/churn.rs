@@ -85,8 +85,7 @@ impl Churn {
         }
         let sizes = IMAGES.iter().enumerate();
         let sources = sizes.map(|(at, size)| source(&dir, at, *size, seed, false));
-        let names: Vec<String> = DISKS.map(str::to_owned).to_vec();
-        let world = World::new(sources.collect::<Result<_>>()?, names.clone(), names);
+        let world = World::new(sources.collect::<Result<_>>()?, &DISKS, &[]);
         let (seen, looked) = Default::default();
         Ok(Churn { seed, world, daemon, dir, roots, seen, looked, _disks: disks })
     }
@@ -133,7 +132,7 @@ impl Churn {
             }
             for _ in 0..ACTORS {
                 let (dir, rng) = (dir.clone(), rng.fork());
-                let actor = Actor { world, control: &control, hours: &hours, dir, ill: false, rng };
+                let actor = Actor { world, control: &control, hours: &hours, dir, rng };
                 at_work.push(scope.spawn(|| actor.run()));
             }
             let born = Instant::now();
@@ -177,6 +176,7 @@ impl Churn {
                 content: replica.content,
                 seen: self.seen.clone(),
                 may_fail: false,
+                parts: 2,
                 rng: rng.fork(),
             });
         }

@@ -16,6 +16,9 @@ use crate::nbd::{Client, FUA, Failure};
 const PAUSE: std::ops::Range<u64> = 0..4000;
 /// The most sectors of a request, as a power of two.
 const LONGEST: u32 = 8;
+/// Of sixteen requests those below this are reads (and a flush); the next trims, and the next zeroes.
+const READS: u8 = 7;
+const ZEROING: u8 = READS + 1;
 /// How often a guest tries to connect again, and for how long.
 const AGAIN: Duration = Duration::from_millis(50);
 const PATIENCE: Duration = Duration::from_secs(90);
@@ -51,7 +54,7 @@ pub struct Seen {
     pub compared: AtomicU64,
     /// Requests that failed.
     pub errors: AtomicU64,
-    /// The longest that a request took, in microseconds.
+    /// The longest that a read took, in microseconds.
     pub worst: AtomicU64,
 }
 
@@ -67,6 +70,8 @@ pub struct Guest {
     pub seen: Arc<Seen>,
     /// Whether requests may fail: nothing else has the image's content.
     pub may_fail: bool,
+    /// It writes to the first of so many parts: what it reads of the others is the image's.
+    pub parts: usize,
     /// Decides what it does.
     pub rng: Rng,
     /// The connection to begin with.
@@ -122,10 +127,7 @@ impl Guest {
         self.content(|content| content.grow(client.size()));
         let sectors = client.size() as usize / SECTOR;
         while !hours.over.load(Ordering::SeqCst) {
-            let started = Instant::now();
-            let done = self.request(client, sectors)?;
-            let took = started.elapsed().as_micros() as u64;
-            match done {
+            match self.request(client, sectors)? {
                 Ok(()) => {
                     self.seen.requests.fetch_add(1, Ordering::Relaxed);
                 }
@@ -137,7 +139,6 @@ impl Guest {
                     return Err(Error::from(failure).context("a request failed"));
                 }
             }
-            self.seen.worst.fetch_max(took, Ordering::Relaxed);
             thread::sleep(Duration::from_micros(self.rng.u64(PAUSE)));
         }
         Ok(None)
@@ -145,32 +146,37 @@ impl Guest {
 
     /// One request. The outer error is for content that is wrong.
     fn request(&mut self, client: &mut Client, sectors: usize) -> Result<Result<(), Failure>> {
+        let kind = self.rng.u8(..16);
+        let within = if kind < READS { sectors } else { sectors / self.parts };
         let longest = 1 << self.rng.u32(..=LONGEST);
-        let (mut first, mut count) = (self.rng.usize(..sectors), self.rng.usize(1..=longest));
+        let (mut first, mut count) = (self.rng.usize(..within), self.rng.usize(1..=longest));
         if self.rng.u8(..3) > 0 {
             // As file systems do it.
             (first, count) = (first / 8 * 8, count.next_multiple_of(8));
         }
-        count = count.min(sectors - first);
+        count = count.min(within - first);
         let flags = if self.rng.u8(..16) == 0 { FUA } else { 0 };
         let (offset, len) = ((first * SECTOR) as u64, count * SECTOR);
-        match self.rng.u8(..16) {
+        match kind {
             0 => Ok(client.flush()),
-            1..6 => {
+            1..READS => {
                 let mut found = vec![0; len];
+                let started = Instant::now();
                 let read = client.read(offset, &mut found);
                 if read.is_ok() {
+                    let took = started.elapsed().as_micros() as u64;
+                    self.seen.worst.fetch_max(took, Ordering::Relaxed);
                     self.content(|content| content.compare(first, &found))?;
                     self.seen.compared.fetch_add(len as u64, Ordering::Relaxed);
                 }
                 Ok(read)
             }
             kind => {
-                let number = if kind < 8 { ZEROS } else { number() };
+                let number = if kind < READS + 2 { ZEROS } else { number() };
                 self.content(|content| content.begin(first, count, number));
                 let done = match kind {
-                    6 => client.trim(offset, len, flags),
-                    7 => client.zero(offset, len, flags),
+                    READS => client.trim(offset, len, flags),
+                    ZEROING => client.zero(offset, len, flags),
                     _ => {
                         let data: Vec<u8> =
                             (first..first + count).flat_map(|at| fill(number, at)).collect();
@@ -178,7 +184,7 @@ impl Guest {
                     }
                 };
                 // A trim may leave what was there.
-                if done.is_ok() && kind != 6 {
+                if done.is_ok() && kind != READS {
                     self.content(|content| content.done(first, count, number));
                 }
                 Ok(done)

@@ -3,6 +3,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
+use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use fastrand::Rng;
@@ -58,6 +59,8 @@ pub struct Replica {
     pub content: Arc<Mutex<Content>>,
     /// Whether a guest uses it.
     pub used: bool,
+    /// It goes on standing on its image: the acts don't flatten it.
+    pub kept: bool,
 }
 
 /// What there is.
@@ -80,16 +83,23 @@ pub struct World {
     pub disks: Vec<String>,
     /// All disks.
     pub all_disks: Vec<String>,
+    /// Whether disks may be ill.
+    pub ill: bool,
+    /// Whether a disk is away: what is removed meanwhile may come back with it.
+    pub away: AtomicBool,
     state: Mutex<State>,
     tally: Mutex<Tally>,
 }
 
 impl World {
-    /// Nothing is there yet.
-    pub fn new(sources: Vec<Source>, disks: Vec<String>, all_disks: Vec<String>) -> World {
+    /// Nothing is there yet. Those of `pools` may be ill.
+    pub fn new(sources: Vec<Source>, disks: &[&str], pools: &[&str]) -> World {
+        let owned = |names: &[&str]| names.iter().map(|name| (*name).to_owned()).collect();
+        let (disks, all_disks): (Vec<String>, _) = (owned(disks), owned(&[disks, pools].concat()));
+        let (ill, away) = (!pools.is_empty(), AtomicBool::new(false));
         let images = vec![Presence::Gone; sources.len()];
         let state = State { replicas: BTreeMap::new(), images, claims: BTreeSet::new() };
-        World { sources, disks, all_disks, state: Mutex::new(state), tally: Mutex::default() }
+        World { sources, disks, all_disks, ill, away, state: Mutex::new(state), tally: Mutex::default() }
     }
 
     /// What there is, held still.
