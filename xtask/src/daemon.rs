@@ -13,7 +13,7 @@ use serde_json::Value;
 
 use crate::lab::Lab;
 use crate::place::Profile;
-use crate::tool::{Outcome, Process, json, tool};
+use crate::tool::{Outcome, Process, Tool, json, tool};
 
 /// How long a start may take: recovery is < 100 ms per 100 GiB, the machine may be busy.
 const START: Duration = Duration::from_secs(20);
@@ -22,12 +22,47 @@ const STOP: Duration = Duration::from_secs(30);
 /// How long one command may take.
 const COMMAND: Duration = Duration::from_secs(300);
 
+/// The command line of a daemon, whoever holds the daemon itself.
+#[derive(Clone, Debug)]
+pub struct Control {
+    program: PathBuf,
+    socket: PathBuf,
+}
+
+impl Control {
+    /// A command that was not run yet.
+    pub fn command(&self, args: &[&str]) -> Tool {
+        tool(&self.program, args).env("UNDERLAY_SOCKET", &self.socket).limit(COMMAND)
+    }
+
+    /// Runs a command; it must succeed.
+    pub fn ok(&self, args: &[&str]) -> Result<Outcome> {
+        let outcome = self.command(args).outcome()?;
+        if outcome.code != 0 {
+            bail!("underlay {}: exit code {}: {}", args.join(" "), outcome.code, outcome.said());
+        }
+        Ok(outcome)
+    }
+
+    /// Runs a command with `--json`; returns the last line that it printed, which is its result
+    /// (those before tell of progress).
+    pub fn json(&self, args: &[&str]) -> Result<Value> {
+        let mut all = args.to_vec();
+        all.push("--json");
+        last_json(&self.ok(&all)?.stdout)
+    }
+}
+
+/// The last line of what a command printed, which is its result, as JSON.
+pub fn last_json(text: &str) -> Result<Value> {
+    json(text).or_else(|_| json(text.trim().lines().last().unwrap_or_default()))
+}
+
 /// A daemon with its state in a directory of its own.
 pub struct Daemon {
-    program: PathBuf,
+    control: Control,
     config: PathBuf,
     state: PathBuf,
-    control: PathBuf,
     nbd: PathBuf,
     log: PathBuf,
     process: Option<Process>,
@@ -59,11 +94,11 @@ impl Daemon {
         }
         let config = dir.join(format!("{name}.toml"));
         fs::write(&config, settings)?;
+        let socket = lab.socket(&format!("{name}.control"));
         let mut daemon = Daemon {
-            program,
+            control: Control { program, socket },
             config,
             state: dir.join(format!("{name}.state")),
-            control: lab.socket(&format!("{name}.control")),
             nbd: lab.socket(&format!("{name}.nbd")),
             log: dir.join(format!("{name}.log")),
             process: None,
@@ -82,8 +117,8 @@ impl Daemon {
     /// Starts it again after [`Daemon::kill`] or [`Daemon::stop`].
     pub fn restart(&mut self) -> Result<()> {
         let mut process =
-            self.serve(&self.state, &self.control, &self.nbd).background(&self.log)?;
-        let (control, nbd) = (&self.control, &self.nbd);
+            self.serve(&self.state, &self.control.socket, &self.nbd).background(&self.log)?;
+        let (control, nbd) = (&self.control.socket, &self.nbd);
         process.until(START, || {
             UnixStream::connect(control).is_ok() && UnixStream::connect(nbd).is_ok()
         })?;
@@ -91,8 +126,8 @@ impl Daemon {
         Ok(())
     }
 
-    fn serve(&self, state: &Path, control: &Path, nbd: &Path) -> crate::tool::Tool {
-        tool(&self.program, ["serve"])
+    fn serve(&self, state: &Path, control: &Path, nbd: &Path) -> Tool {
+        tool(&self.control.program, ["serve"])
             .args(["--config".as_ref(), self.config.as_os_str()])
             .args(["--state".as_ref(), state.as_os_str()])
             .args(["--socket".as_ref(), control.as_os_str()])
@@ -157,32 +192,34 @@ impl Daemon {
         format!("nbd+unix:///{export}?socket={}", self.nbd.display())
     }
 
+    /// Its command line.
+    pub fn control(&self) -> &Control {
+        &self.control
+    }
+
+    /// From its next start on it has these settings.
+    pub fn configure(&self, settings: &str) -> Result<()> {
+        Ok(fs::write(&self.config, settings)?)
+    }
+
     /// Runs a command of the command line to its end.
     pub fn ask(&self, args: &[&str]) -> Result<Outcome> {
-        tool(&self.program, args).env("UNDERLAY_SOCKET", &self.control).limit(COMMAND).outcome()
+        self.control.command(args).outcome()
     }
 
     /// Runs a command; it must succeed.
     pub fn ok(&self, args: &[&str]) -> Result<Outcome> {
-        let outcome = self.ask(args)?;
-        if outcome.code != 0 {
-            bail!("underlay {}: exit code {}: {}", args.join(" "), outcome.code, outcome.said());
-        }
-        Ok(outcome)
+        self.control.ok(args)
     }
 
-    /// Runs a command with `--json`; returns the last line that it printed, which is its result
-    /// (those before tell of progress).
+    /// Runs a command with `--json`; returns its result.
     pub fn json(&self, args: &[&str]) -> Result<Value> {
-        let mut all = args.to_vec();
-        all.push("--json");
-        let text = self.ok(&all)?.stdout;
-        json(&text).or_else(|_| json(text.trim().lines().last().unwrap_or_default()))
+        self.control.json(args)
     }
 
     /// The sum of a metric's samples, as the control socket has them.
     pub fn metric(&self, name: &str) -> Result<f64> {
-        let mut stream = UnixStream::connect(&self.control).context("the control socket")?;
+        let mut stream = UnixStream::connect(&self.control.socket).context("the control socket")?;
         stream.set_read_timeout(Some(START))?;
         write!(stream, "GET /metrics HTTP/1.1\r\nHost: underlay\r\nConnection: close\r\n\r\n")?;
         let mut page = String::new();

@@ -5,6 +5,7 @@
 
 mod apt;
 mod bench;
+mod chaos;
 mod clients;
 mod daemon;
 mod demo;
@@ -117,6 +118,24 @@ enum Chore {
         #[arg(long, default_value_t = 60)]
         hang: u64,
     },
+    /// Rig: drain, migrate, flatten, resize, rm, import at once, under load, with kill -9 in each round
+    Churn {
+        /// How many times the daemon is killed
+        #[arg(long, default_value_t = 200)]
+        rounds: u64,
+        /// The seed of who does what, and when
+        #[arg(long, default_value_t = 1)]
+        seed: u64,
+    },
+    /// Rig: a day's worth of trouble in minutes: sick disks, damage, deaths, and all of churn
+    Chaos {
+        /// For how long
+        #[arg(long, default_value_t = 15)]
+        minutes: u64,
+        /// The seed of what happens
+        #[arg(long, default_value_t = 1)]
+        seed: u64,
+    },
     /// The server of a disk that can be ill
     #[command(hide = true)]
     SlowDisk {
@@ -197,6 +216,10 @@ fn run(chore: Chore, only: Option<String>) -> Result<()> {
         }
         Chore::Survive { hang } => {
             survive::run(&Lab::open()?, Duration::from_secs(hang), true, &mut report);
+        }
+        Chore::Churn { rounds, seed } => chaos::churn(&Lab::open()?, rounds, seed, &mut report),
+        Chore::Chaos { minutes, seed } => {
+            chaos::chaos(&Lab::open()?, Duration::from_secs(minutes * 60), seed, &mut report);
         }
         Chore::Demo => demo::run(&Lab::open()?, &mut report),
         Chore::Metrics => metrics::run(&Lab::open()?, &mut report),

@@ -110,7 +110,14 @@ impl Tool {
     }
 
     /// Runs it to its end, whatever that is.
-    pub fn outcome(mut self) -> Result<Outcome> {
+    pub fn outcome(self) -> Result<Outcome> {
+        let (line, limit) = (self.line(), self.limit);
+        let outcome = self.outcome_within()?;
+        outcome.with_context(|| format!("{line}: not done after {} s, killed", limit.as_secs()))
+    }
+
+    /// Runs it to its end; `None` if it was killed because its limit was over.
+    pub fn outcome_within(mut self) -> Result<Option<Outcome>> {
         let start = Instant::now();
         if self.input.is_some() {
             self.command.stdin(Stdio::piped());
@@ -122,16 +129,15 @@ impl Tool {
             thread::spawn(move || pipe.write_all(&input));
         }
         let output = child.wait_with_output().with_context(|| self.line())?;
-        let expired = watch.over();
-        if expired {
-            bail!("{}: not done after {} s, killed", self.line(), self.limit.as_secs());
+        if watch.over() {
+            return Ok(None);
         }
-        Ok(Outcome {
+        Ok(Some(Outcome {
             code: code(output.status),
             stdout: String::from_utf8_lossy(&output.stdout).into_owned(),
             stderr: String::from_utf8_lossy(&output.stderr).into_owned(),
             took: start.elapsed(),
-        })
+        }))
     }
 
     /// Runs it; it must succeed. Returns its standard output.
