@@ -2,6 +2,7 @@
 //!
 //! A copy that is missing is waited for, because a disk may come back; one that was never there is made
 //! at once. A copy too many, because a disk came back, goes after the same time, the worst placed first.
+//! One with chunks that can't be written anew serves on, but another is made in its place.
 
 use std::{
     collections::{BTreeMap, HashMap},
@@ -32,6 +33,8 @@ pub struct Place {
     pub together: bool,
     /// Whether it is in trouble.
     pub troubled: bool,
+    /// Whether chunks of the copy are not sound, and can't be made so.
+    pub damaged: bool,
 }
 
 /// What is to be done for an image.
@@ -76,21 +79,24 @@ impl Keeper {
         for (digest, held) in images {
             let seen = self.seen.entry(*digest).or_default();
             let count = held.copies.len();
-            seen.most = seen.most.max(count);
+            let whole = held.copies.iter().filter(|place| !place.damaged).count();
+            seen.most = seen.most.max(whole);
             let add = |time: Duration, grows: bool| match grows {
                 true => time.saturating_add(passed),
                 false => Duration::ZERO,
             };
             // With none left there is nothing to make one from.
-            let short = (1..held.wanted).contains(&count);
+            let short = whole < held.wanted && count > 0;
+            let surplus = count > held.wanted && !short;
             let lost = seen.most >= held.wanted;
             seen.short = add(seen.short, short);
-            seen.surplus = add(seen.surplus, count > held.wanted);
+            seen.surplus = add(seen.surplus, surplus);
             if short && (!lost || seen.short >= self.patience) {
                 actions.push((*digest, Action::Make));
-            } else if count > held.wanted && seen.surplus >= self.patience {
+            } else if surplus && seen.surplus >= self.patience {
                 let worst = held.copies.iter().max_by_key(|place| {
-                    (place.troubled, place.together, !place.fits, place.tier, &place.disk)
+                    let ill = (place.damaged, place.troubled, place.together);
+                    (ill, !place.fits, place.tier, &place.disk)
                 });
                 actions.extend(worst.map(|worst| (*digest, Action::Remove(worst.disk.clone()))));
             }
@@ -108,7 +114,8 @@ mod tests {
 
     fn place(disk: &str) -> Place {
         let disk = disk.parse().unwrap();
-        Place { disk, fits: false, tier: Some(Tier::Ssd), together: false, troubled: false }
+        let tier = Some(Tier::Ssd);
+        Place { disk, fits: false, tier, together: false, troubled: false, damaged: false }
     }
 
     fn tick(keeper: &mut Keeper, seconds: u64, wanted: usize, disks: &[&str]) -> Option<Action> {
@@ -155,6 +162,31 @@ mod tests {
         assert_eq!(worst(vec![place("a"), pool(place("b")), pool(place("c"))]), gone("a"));
         assert_eq!(worst(vec![place("c"), slow(place("a")), place("b")]), gone("a"));
         assert_eq!(worst(vec![slow(place("c")), ill(pool(place("a"))), place("b")]), gone("a"));
+        let damaged = |place| Place { damaged: true, ..place };
+        assert_eq!(worst(vec![ill(place("c")), damaged(place("a")), place("b")]), gone("a"));
+    }
+
+    #[test]
+    fn a_damaged_copy_stays_until_another_is_there() {
+        let mut keeper = Keeper::new(MINUTE);
+        let mut tick = |seconds, places: &[Place]| {
+            let held = Held { wanted: 2, copies: places.to_vec() };
+            let images = BTreeMap::from([(DIGEST, held)]);
+            keeper.tick(Duration::from_secs(seconds), &images).pop().map(|(_, action)| action)
+        };
+        let damaged = Place { damaged: true, ..place("a") };
+        assert_eq!(tick(5, &[place("a"), place("b")]), None);
+        assert_eq!(tick(59, &[damaged.clone(), place("b")]), None);
+        assert_eq!(tick(1, &[damaged.clone(), place("b")]), Some(Action::Make));
+        let three = [damaged.clone(), place("b"), place("c")];
+        assert_eq!(tick(59, &three), None);
+        assert_eq!(tick(1, &three), Some(Action::Remove("a".parse().unwrap())));
+        assert_eq!(
+            tick(90, &[damaged.clone(), place("b")]),
+            Some(Action::Make),
+            "it was lost again"
+        );
+        assert_eq!(tick(90, &[damaged]), Some(Action::Make), "what it has can be copied");
     }
 
     #[test]

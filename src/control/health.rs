@@ -37,6 +37,8 @@ use crate::{
 const TICK: Duration = Duration::from_secs(1);
 /// Chunks of one copy that are mended in a row, before another copy of the disk has its turn.
 const BATCH: usize = 64;
+/// Times that a copy is tried to be mended before another is made in its place.
+const TRIES: u32 = 2;
 /// How long a copy that could not be mended is left alone.
 const PAUSE: Duration = Duration::from_secs(30);
 
@@ -59,8 +61,8 @@ struct State {
     rescued: HashMap<Digest, u64>,
     /// The disks on which something is being mended.
     mending: HashSet<String>,
-    /// Copies that could not be mended, and when.
-    hopeless: HashMap<(Digest, String), Instant>,
+    /// Copies that could not be mended: when it was tried last, and how often.
+    hopeless: HashMap<(Digest, String), (Instant, u32)>,
 }
 
 /// What is known of a disk from tick to tick.
@@ -222,7 +224,8 @@ impl Health {
                 unsound.truncate(BATCH);
                 let mut state = self.state();
                 let tried = state.hopeless.get(&(*digest, disk.clone()));
-                let (told, waits) = (tried.is_some(), tried.is_some_and(|it| it.elapsed() < PAUSE));
+                let waits = tried.is_some_and(|(last, _)| last.elapsed() < PAUSE);
+                let told = tried.is_some();
                 if unsound.is_empty() || waits || !state.mending.insert(disk.clone()) {
                     continue;
                 }
@@ -233,20 +236,28 @@ impl Health {
                 let (own, digest) = (self.clone(), *digest);
                 let (base, copy) = (base.clone(), copy.clone());
                 tokio::spawn(async move {
-                    let mended = own.mend_copy(digest, base, copy, unsound).await;
+                    let mended = own.mend_copy(digest, base, copy.clone(), unsound).await;
                     let mut state = own.state();
                     state.mending.remove(&disk);
                     match mended {
-                        Ok((_, None)) => drop(state.hopeless.remove(&(digest, disk))),
+                        Ok((_, None)) => {
+                            copy.set_beyond_repair(false);
+                            state.hopeless.remove(&(digest, disk));
+                        }
                         Ok((_, Some(error))) | Err(error) => {
-                            let again =
-                                state.hopeless.insert((digest, disk.clone()), Instant::now());
+                            let now = Instant::now();
+                            let tried = state.hopeless.entry((digest, disk.clone()));
+                            let tried = tried.or_insert((now, 0));
+                            *tried = (now, tried.1.saturating_add(1));
+                            let tries = tried.1;
                             drop(state);
-                            match again {
-                                Some(_) => {
-                                    tracing::warn!(image = %digest, disk, %error, "not repaired")
-                                }
-                                None => own.tell_unrepaired(digest, &disk, &error),
+                            match tries {
+                                1 => own.tell_unrepaired(digest, &disk, &error),
+                                _ => tracing::warn!(image = %digest, disk, %error, "not repaired"),
+                            }
+                            // Where nothing else has the chunk, another copy would lack it, too.
+                            if tries >= TRIES && error.kind() != Kind::Unavailable {
+                                copy.set_beyond_repair(true);
                             }
                         }
                     }

@@ -106,6 +106,7 @@ impl Keeping {
             .filter_map(|disk| Some((disk.name().to_owned(), disk.trouble()?)))
             .collect();
         let trouble = |name: &Name| troubles.get(name.as_str()).copied();
+        let open: HashMap<_, _> = self.copying.bases.all().into_iter().collect();
         let mut images = BTreeMap::new();
         for image in node.images() {
             if let Err(error) = node.align_copies(image.digest) {
@@ -121,12 +122,18 @@ impl Keeping {
             };
             let ready = image.copies.iter().filter(|copy| copy.state == CopyState::Ready);
             let homes: Vec<_> = ready.filter_map(|copy| up(&copy.disk)).collect();
+            let open = open.get(&image.digest).map(|base| base.sources().copies());
+            let damaged = |disk: &Name| {
+                let mut copies = open.iter().flat_map(|copies| copies.iter());
+                copies.any(|it| it.disk().name() == disk.as_str() && it.is_beyond_repair())
+            };
             let copies = homes.iter().map(|disk| Place {
                 disk: disk.name.clone(),
                 fits: disk.pool == (self.wanted.placement == Placement::Pool),
                 tier: disk.tier,
                 together: homes.iter().any(|other| disk.fails_with.contains(&other.name)),
                 troubled: trouble(&disk.name).is_some(),
+                damaged: damaged(&disk.name),
             });
             let wanted = image.wanted_copies.unwrap_or(self.wanted.copies) as usize;
             images.insert(image.digest, Held { wanted, copies: copies.collect() });

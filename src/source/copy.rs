@@ -3,7 +3,7 @@
 use std::{
     sync::{
         Arc,
-        atomic::{AtomicU8, AtomicU64, Ordering},
+        atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering},
     },
     time::Instant,
 };
@@ -41,6 +41,7 @@ pub struct Copy<I: Io> {
     direct: I::File,
     chunks: Pages<AtomicU8>,
     unsound: AtomicU64,
+    beyond_repair: AtomicBool,
     checking: RangeLocks,
     checks: Semaphore,
 }
@@ -63,6 +64,7 @@ impl<I: Io> Copy<I> {
             direct,
             chunks: Pages::new(chunks),
             unsound: AtomicU64::new(0),
+            beyond_repair: AtomicBool::new(false),
             checking: RangeLocks::default(),
             checks: Semaphore::new(CHECKS),
         }
@@ -81,6 +83,16 @@ impl<I: Io> Copy<I> {
     /// Its content, through the page cache if images are cached.
     pub fn data(&self) -> &I::File {
         &self.data
+    }
+
+    /// Whether chunks of it were found unsound and can't be written anew.
+    pub fn is_beyond_repair(&self) -> bool {
+        self.beyond_repair.load(Ordering::Relaxed)
+    }
+
+    /// What was found when it was to be repaired.
+    pub fn set_beyond_repair(&self, is: bool) {
+        self.beyond_repair.store(is, Ordering::Relaxed);
     }
 
     /// Chunks that could not be read, or were not what they must be.

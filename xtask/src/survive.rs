@@ -22,6 +22,7 @@ use crate::place::Profile;
 use crate::report::Report;
 use crate::slow::{Illness, SlowDisk};
 use crate::subject::text;
+use crate::tool::tool;
 use crate::{pattern, setup};
 
 /// Size of the image, in bytes.
@@ -56,6 +57,7 @@ pub fn run(lab: &Lab, hang: Duration, timed: bool, report: &mut Report) {
     report.check("survive: the only copy hangs", || only(lab, hang.min(Duration::from_secs(10))));
     if timed {
         report.check("survive: two reads in a hundred are slow", || hedged(lab));
+        report.check("survive: a copy that can't be mended is made elsewhere", || unmended(lab));
     }
 }
 
@@ -203,6 +205,34 @@ fn damaged(lab: &Lab) -> Result<String> {
     node.daemon.healthy()?;
     node.daemon.stop()?;
     Ok(format!("{} of {} chunks repaired", chunks.len(), SIZE / CHUNK))
+}
+
+/// A's copy is damaged, and its disk can't be written any more.
+fn unmended(lab: &Lab) -> Result<String> {
+    let mut node = Node::new(lab, "unmended", 2)?;
+    let images = node.a.path.join("underlay/images");
+    let copy = fs::read_dir(images)?.flatten().next().context("disk a has no copy")?.path();
+    let file = OpenOptions::new().write(true).open(copy.join("data"))?;
+    file.write_all_at(&[node.content[9000] ^ 1], 9000)?;
+    file.sync_all()?;
+    drop(file);
+    tool("mount", ["-o", "remount,ro"]).args([&node.a.path]).run()?;
+    let started = Instant::now();
+    loop {
+        let read = Client::open(node.daemon.nbd(), "replica/vm")?.read_all(SIZE)?;
+        ensure!(read == node.content, "not the image's content");
+        let copies = node.daemon.json(&["image", "copies", "base"])?.to_string();
+        if copies.contains("\"disk\":\"c\"") {
+            break;
+        }
+        ensure!(started.elapsed() < Duration::from_secs(90), "no copy was made: {copies}");
+        thread::sleep(Duration::from_secs(1));
+    }
+    let took = started.elapsed().as_secs();
+    node.daemon.ok(&["replica", "list"])?;
+    node.daemon.healthy()?;
+    node.daemon.stop()?;
+    Ok(format!("another was made after {took} s"))
 }
 
 /// A's device vanishes under load, and comes back after a restart of the daemon.

@@ -175,7 +175,8 @@ impl Actor<'_> {
     }
 
     fn flatten(&mut self) -> Result<()> {
-        let any = self.world.any_replica(&mut self.rng, |it| !it.kept && it.stands != Stands::Alone);
+        let any =
+            self.world.any_replica(&mut self.rng, |it| !it.kept && it.stands != Stands::Alone);
         let Some((name, _)) = any else { return Ok(()) };
         let Some(_claim) = self.world.claim(format!("flatten/{name}")) else { return Ok(()) };
         let rate = self.rate();
