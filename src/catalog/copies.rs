@@ -214,15 +214,6 @@ impl Node {
         Ok(true)
     }
 
-    /// The copy can't serve any more, until the daemon starts again or it is made anew.
-    pub fn fail_copy(&self, digest: Digest, disk: &Name, reason: &str) {
-        let mut view = self.0.view();
-        let Ok(id) = view.disk(disk).map(|slot| slot.known.id) else { return };
-        if let Some(copy) = view.copies_mut(digest).find(|copy| copy.disk == id) {
-            copy.found.fault = Some(reason.to_owned());
-        }
-    }
-
     /// Writes those of `refs` that the copy lacks or has otherwise, durably.
     fn add_references(&self, disk: &Arc<Disk>, digest: Digest, refs: &[RefRecord]) -> Result<()> {
         let has = |reference: &RefRecord| {

@@ -207,7 +207,7 @@ fn damaged(lab: &Lab) -> Result<String> {
     Ok(format!("{} of {} chunks repaired", chunks.len(), SIZE / CHUNK))
 }
 
-/// A's copy is damaged, and its disk can't be written any more.
+/// A's copy is damaged, and can't be written any more; then its disk takes writes again.
 fn unmended(lab: &Lab) -> Result<String> {
     let mut node = Node::new(lab, "unmended", 2)?;
     let images = node.a.path.join("underlay/images");
@@ -216,23 +216,30 @@ fn unmended(lab: &Lab) -> Result<String> {
     file.write_all_at(&[node.content[9000] ^ 1], 9000)?;
     file.sync_all()?;
     drop(file);
-    tool("mount", ["-o", "remount,ro"]).args([&node.a.path]).run()?;
+    tool("chattr", ["+i"]).args([copy.join("data")]).run()?;
     let started = Instant::now();
-    loop {
-        let read = Client::open(node.daemon.nbd(), "replica/vm")?.read_all(SIZE)?;
-        ensure!(read == node.content, "not the image's content");
-        let copies = node.daemon.json(&["image", "copies", "base"])?.to_string();
-        if copies.contains("\"disk\":\"c\"") {
-            break;
+    let until = |disks: &[&str]| -> Result<u64> {
+        loop {
+            let read = Client::open(node.daemon.nbd(), "replica/vm")?.read_all(SIZE)?;
+            ensure!(read == node.content, "not the image's content");
+            let copies = node.daemon.json(&["image", "copies", "base"])?.to_string();
+            let on = |disk: &&&str| copies.contains(&format!("\"disk\":\"{disk}\""));
+            if ["a", "b", "c"].iter().filter(on).eq(disks) {
+                return Ok(started.elapsed().as_secs());
+            }
+            ensure!(started.elapsed() < Duration::from_secs(150), "not on {disks:?}: {copies}");
+            thread::sleep(Duration::from_secs(1));
         }
-        ensure!(started.elapsed() < Duration::from_secs(90), "no copy was made: {copies}");
-        thread::sleep(Duration::from_secs(1));
-    }
-    let took = started.elapsed().as_secs();
-    node.daemon.ok(&["replica", "list"])?;
+    };
+    let made = until(&["a", "b", "c"]);
+    tool("chattr", ["-i"]).args([copy.join("data")]).run()?;
+    // Now it is mended after all, and the one that was made is too many.
+    let (made, gone) = (made?, until(&["a", "b"])?);
     node.daemon.healthy()?;
     node.daemon.stop()?;
-    Ok(format!("another was made after {took} s"))
+    Ok(format!(
+        "another was there after {made} s; mended, it is one too many, and gone after {gone} s"
+    ))
 }
 
 /// A's device vanishes under load, and comes back after a restart of the daemon.
