@@ -231,6 +231,32 @@ impl Node {
         self.disk(name)
     }
 
+    /// Waits until nobody is at work on a disk that takes nothing new: what was on its way there when that
+    /// was said has arrived, or was given up. Whether nothing is on it then that could leave it; not if
+    /// others are at work on it for long.
+    ///
+    /// # Errors
+    /// `InUse` once it takes new things again.
+    pub fn is_left(&self, name: &Name) -> Result<bool> {
+        let quiet = self.0.claim(format!("disk {name}"), |view| {
+            let slot = view.disk(name)?;
+            let id = slot.usable()?.id;
+            if !slot.is_draining() {
+                let what = format!("disk {name}: it takes new things again: drain it anew");
+                return Err(Error::new(Kind::InUse, what));
+            }
+            let copies = view.images.values().flat_map(|image| &image.copies);
+            let copies = copies.filter(|copy| copy.disk == id && copy.state() == CopyState::Ready);
+            let replicas = view.replicas.values().filter(|replica| replica.disk == id);
+            let left = copies.count() + replicas.count() == 0;
+            Ok((vec![(Object::Catalogue, Mode::Shared), (Object::Disk(id), Mode::Alone)], left))
+        });
+        match quiet {
+            Err(error) if error.kind() == Kind::Locked => Ok(false),
+            other => other.map(|(_claimed, left)| left),
+        }
+    }
+
     /// Forgets a disk that nothing on this node depends on. Its files stay, unless it is empty.
     pub fn remove_disk(&self, name: &Name) -> Result<Forgotten> {
         let (_claimed, (known, disk)) = self.0.claim(name, |view| {
