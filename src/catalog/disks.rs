@@ -215,8 +215,12 @@ impl Node {
             let slot = view.disk(name)?;
             let disk = slot.usable()?.clone();
             let Attachment::Here(_, record) = &slot.at else { return Err(slot.absent()) };
-            let wants =
-                vec![(Object::Catalogue, Mode::Shared), (Object::Disk(disk.id), Mode::Shared)];
+            // Of two who change the record at once, one would rename the other's away.
+            let wants = vec![
+                (Object::Catalogue, Mode::Shared),
+                (Object::Disks, Mode::Alone),
+                (Object::Disk(disk.id), Mode::Shared),
+            ];
             Ok((wants, (disk, record.clone())))
         })?;
         if record.draining != draining {

@@ -168,6 +168,24 @@ fn a_disk_is_left_when_what_was_on_its_way_there_has_arrived() {
 }
 
 #[test]
+fn a_disk_is_drained_and_undrained_by_several_at_once() {
+    let (bench, node) = Bench::with(&["a", "b"]);
+    std::thread::scope(|scope| {
+        for draining in [true, false, true, false] {
+            let node = &node;
+            scope.spawn(move || {
+                for _ in 0..20 {
+                    node.set_draining(&name("b"), draining).unwrap();
+                }
+            });
+        }
+    });
+    let known = node.disk(&name("b")).unwrap().draining;
+    drop(node);
+    assert_eq!(bench.open().disk(&name("b")).unwrap().draining, known);
+}
+
+#[test]
 fn what_cannot_move_is_refused_and_leaves_nothing() {
     let (bench, node) = Bench::with(&["a", "b"]);
     bench.add_pool(&node, "pool");
