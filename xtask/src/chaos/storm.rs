@@ -104,7 +104,15 @@ impl Storm {
         let daemon = Daemon::start(lab, &dir, "chaos", Profile::Debug, &settings(false))?;
         for patient in &patients {
             let path = patient.path();
-            daemon.ok(&["disk", "add", text(&path)?, "--name", patient.name, "--tier=ssd", "--pool"])?;
+            daemon.ok(&[
+                "disk",
+                "add",
+                text(&path)?,
+                "--name",
+                patient.name,
+                "--tier=ssd",
+                "--pool",
+            ])?;
         }
         for (disk, name) in homes.iter().zip(HOMES) {
             daemon.ok(&["disk", "add", text(&disk.path)?, "--name", name, "--tier=ssd"])?;
@@ -115,7 +123,18 @@ impl Storm {
         let (seen, troubles, damaged, figures) = Default::default();
         let (rng, hours) = (Rng::with_seed(seed), Arc::new(Hours::new(true)));
         Ok(Storm {
-            seed, rng, world, daemon, dir, patients, homes, hours, seen, troubles, damaged, figures,
+            seed,
+            rng,
+            world,
+            daemon,
+            dir,
+            patients,
+            homes,
+            hours,
+            seen,
+            troubles,
+            damaged,
+            figures,
         })
     }
 
@@ -140,16 +159,24 @@ impl Storm {
             let started = Instant::now();
             let mut deck = Vec::new();
             let mut befell = Ok(());
-            while started.elapsed() < last && befell.is_ok() && !all.iter().any(|it| it.is_finished()) {
+            while started.elapsed() < last
+                && befell.is_ok()
+                && !all.iter().any(|it| it.is_finished())
+            {
                 if deck.is_empty() {
                     deck = Kind::deck(&mut self.rng);
                 }
                 if let Some(kind) = deck.pop() {
                     let at = started.elapsed().as_secs();
-                    befell = self.befall(world, kind).with_context(|| format!("{kind}, {at} s after the begin"));
+                    befell = self
+                        .befall(world, kind)
+                        .with_context(|| format!("{kind}, {at} s after the begin"));
                 }
             }
             hours.over.store(true, Ordering::SeqCst);
+            if let Err(error) = &befell {
+                note(&format!("chaos: {error:#}"));
+            }
             // What a worker saw explains what befell, more often than the other way round.
             for worker in all {
                 worker.join().map_err(|_| anyhow!("a worker panicked"))??;
@@ -163,8 +190,10 @@ impl Storm {
     /// Images with two copies and replicas of them, which stay; and the first of the others.
     fn populate(&mut self) -> Result<Vec<Guest>> {
         for (at, image) in self.world.sources.iter().enumerate() {
-            let (name, disk) = (format!("--name={}", image.name), format!("--disk={}", POOLS[at % 3]));
-            let mut args = vec!["image", "import", text(&image.file)?, &name, &disk, "--format=raw"];
+            let (name, disk) =
+                (format!("--name={}", image.name), format!("--disk={}", POOLS[at % 3]));
+            let mut args =
+                vec!["image", "import", text(&image.file)?, &name, &disk, "--format=raw"];
             if image.kept {
                 args.push("--copies=2");
             }
@@ -177,7 +206,15 @@ impl Storm {
             let source = if single { KEPT.len() } else { number % KEPT.len() };
             let (name, image) = (format!("g{number}"), &self.world.sources[source]);
             let disk = HOMES[number % HOMES.len()];
-            self.daemon.ok(&["replica", "create", &name, "--image", &image.name, "--disk", disk])?;
+            self.daemon.ok(&[
+                "replica",
+                "create",
+                &name,
+                "--image",
+                &image.name,
+                "--disk",
+                disk,
+            ])?;
             let size = image.content.len() as u64;
             let content = Arc::new(Mutex::new(Content::new(image.content.clone(), size)));
             let replica = Replica {
@@ -271,7 +308,9 @@ impl Storm {
             let status = self.daemon.json(&["status"])?;
             let images = status["images"].as_array().context("no images")?;
             let lacks = |image: &&Value| {
-                let named = |name: &str| image["names"].as_array().is_some_and(|it| it.iter().any(|it| it == name));
+                let named = |name: &str| {
+                    image["names"].as_array().is_some_and(|it| it.iter().any(|it| it == name))
+                };
                 let ready = image["copies"].as_array().into_iter().flatten();
                 let ready = ready.filter(|copy| copy["state"] == "ready").count();
                 ready < 2 && world.sources.iter().any(|it| it.kept && named(&it.name))
@@ -281,7 +320,8 @@ impl Storm {
             if lacking.is_empty() && troubles.is_empty() {
                 return Ok(());
             }
-            let late = || format!("not recovered: in trouble {troubles:?}, too few copies {lacking:?}");
+            let late =
+                || format!("not recovered: in trouble {troubles:?}, too few copies {lacking:?}");
             ensure!(started.elapsed() < RECOVERY, "{}", late());
             if self.hours.over.load(Ordering::SeqCst) {
                 return Ok(());
@@ -301,7 +341,7 @@ impl Storm {
             *self.figures.entry(metric).or_default() += self.daemon.metric(metric)?;
         }
         self.daemon.healthy()?;
-        self.hours.dying.store(true, Ordering::SeqCst);
+        self.hours.die();
         self.daemon.kill()
     }
 
@@ -330,8 +370,13 @@ impl Storm {
         self.daemon.stop()?;
         let worst = self.seen.each_ref().map(|seen| seen.worst.load(Ordering::Relaxed));
         self.table(&world, worst);
-        ensure!(worst[0] <= STALL, "a read of an image with two copies took {} ms", worst[0] / 1000);
-        let compared: u64 = self.seen.iter().map(|seen| seen.compared.load(Ordering::Relaxed)).sum();
+        ensure!(
+            worst[0] <= STALL,
+            "a read of an image with two copies took {} ms",
+            worst[0] / 1000
+        );
+        let compared: u64 =
+            self.seen.iter().map(|seen| seen.compared.load(Ordering::Relaxed)).sum();
         Ok(format!(
             "{} troubles, {} MiB compared, worst stall {} ms with two copies, {} errors with one, seed {}",
             self.troubles.values().sum::<u64>(),
@@ -354,7 +399,9 @@ impl Storm {
         say(&format!("  done/refused/cut  {}", told(&world.tally())));
         for (at, copies) in ["two copies", "one copy"].iter().enumerate() {
             let (requests, errors, worst) = (requests[at], errors[at], worst[at] / 1000);
-            say(&format!("  {copies:<16}  {requests} requests, {errors} errors, the longest read {worst} ms"));
+            say(&format!(
+                "  {copies:<16}  {requests} requests, {errors} errors, the longest read {worst} ms"
+            ));
         }
         say(&format!("  the daemon        {}", figures.collect::<Vec<_>>().join(", ")));
     }

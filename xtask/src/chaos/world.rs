@@ -99,7 +99,15 @@ impl World {
         let (ill, away) = (!pools.is_empty(), AtomicBool::new(false));
         let images = vec![Presence::Gone; sources.len()];
         let state = State { replicas: BTreeMap::new(), images, claims: BTreeSet::new() };
-        World { sources, disks, all_disks, ill, away, state: Mutex::new(state), tally: Mutex::default() }
+        World {
+            sources,
+            disks,
+            all_disks,
+            ill,
+            away,
+            state: Mutex::new(state),
+            tally: Mutex::default(),
+        }
     }
 
     /// What there is, held still.
