@@ -225,8 +225,12 @@ impl Node {
             let slot = view.disk(name)?;
             let disk = slot.usable()?.clone();
             let Attachment::Here(_, record) = &slot.at else { return Err(slot.absent()) };
-            let wants =
-                vec![(Object::Catalogue, Mode::Shared), (Object::Disk(disk.id), Mode::Shared)];
+            // Of two who change the record at once, one would rename the other's away.
+            let wants = vec![
+                (Object::Catalogue, Mode::Shared),
+                (Object::Disks, Mode::Alone),
+                (Object::Disk(disk.id), Mode::Shared),
+            ];
             Ok((wants, (disk, record.clone())))
         })?;
         if record.draining != draining {
@@ -239,6 +243,32 @@ impl Node {
             }
         }
         self.disk(name)
+    }
+
+    /// Waits until nobody is at work on a disk that takes nothing new: what was on its way there when that
+    /// was said has arrived, or was given up. Whether nothing is on it then that could leave it; not if
+    /// others are at work on it for long.
+    ///
+    /// # Errors
+    /// `InUse` once it takes new things again.
+    pub fn is_left(&self, name: &Name) -> Result<bool> {
+        let quiet = self.0.claim(format!("disk {name}"), |view| {
+            let slot = view.disk(name)?;
+            let id = slot.usable()?.id;
+            if !slot.is_draining() {
+                let what = format!("disk {name}: it takes new things again: drain it anew");
+                return Err(Error::new(Kind::InUse, what));
+            }
+            let copies = view.images.values().flat_map(|image| &image.copies);
+            let copies = copies.filter(|copy| copy.disk == id && copy.state() == CopyState::Ready);
+            let replicas = view.replicas.values().filter(|replica| replica.disk == id);
+            let left = copies.count() + replicas.count() == 0;
+            Ok((vec![(Object::Catalogue, Mode::Shared), (Object::Disk(id), Mode::Alone)], left))
+        });
+        match quiet {
+            Err(error) if error.kind() == Kind::Locked => Ok(false),
+            other => other.map(|(_claimed, left)| left),
+        }
     }
 
     /// Forgets a disk that nothing on this node depends on. Its files stay, unless it is empty.

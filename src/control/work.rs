@@ -321,10 +321,18 @@ impl DrainDisk {
     }
 
     fn empty(&self, job: &Job) -> Result<Drained> {
-        let moved = tokio::runtime::Handle::current().block_on(self.move_replicas(job))?;
-        let copies = self.move_copies(job)?;
-        let disk = self.service.node().disk(&self.disk)?;
-        Ok(Drained { disk, moved, copies })
+        let (node, runtime) = (self.service.node(), tokio::runtime::Handle::current());
+        runtime.block_on(self.service.set_draining(&self.disk, true))?;
+        let (mut moved, mut copies) = (Vec::new(), Vec::new());
+        loop {
+            moved.extend(runtime.block_on(self.move_replicas(job))?);
+            copies.extend(self.move_copies(job)?);
+            // What was on its way here when the disk was marked may have arrived behind our back.
+            if node.is_left(&self.disk)? {
+                return Ok(Drained { disk: node.disk(&self.disk)?, moved, copies });
+            }
+            Course::new(job, "waiting for what is on its way here", 0).check()?;
+        }
     }
 
     /// Puts copies elsewhere as far as they are wanted, and gives up those that are here. Blocks.
@@ -376,7 +384,6 @@ impl DrainDisk {
     async fn move_replicas(&self, job: &Job) -> Result<Vec<MovedReplica>> {
         let DrainDisk { service, disk, to, rate } = self;
         let rate = *rate;
-        service.set_draining(disk, true).await?;
         let replicas = service.replicas().await?;
         let on_it: Vec<_> =
             replicas.into_iter().map(|view| view.status).filter(|it| it.disk == *disk).collect();

@@ -14,12 +14,16 @@ use crate::report::{Report, say};
 use crate::subject::Against;
 use crate::tool::tool;
 use crate::{
-    clients, demo, ebpf, guest, hostile, kill, metrics, packaging, place, probes, promotion,
+    chaos, clients, demo, ebpf, guest, hostile, kill, metrics, packaging, place, probes, promotion,
     savings, scale, sick, survive, vm,
 };
 
 /// How long cargo may build and test, on two slow processors.
 const CARGO: Duration = Duration::from_secs(35 * 60);
+
+/// How much of the two rigs that take as long as they are told to.
+const CHURN: u64 = 8;
+const CHAOS: Duration = Duration::from_secs(50);
 
 /// Everything.
 pub fn run(report: &mut Report) -> Result<()> {
@@ -68,6 +72,8 @@ pub fn rigs(report: &mut Report) -> Result<()> {
     probes::run(&lab, report);
     promotion::run_untimed(&lab, report);
     survive::run(&lab, Duration::from_secs(6), false, report);
+    chaos::churn(&lab, CHURN, 1, report);
+    chaos::chaos(&lab, CHAOS, 1, report);
     hostile::run(&lab, 1, report);
     sick::run(&lab, report);
     vm::run(&lab, &vm::Options::everything(), report);

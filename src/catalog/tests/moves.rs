@@ -147,6 +147,45 @@ fn what_is_settled_by_hand_counts() {
 }
 
 #[test]
+fn a_disk_is_left_when_what_was_on_its_way_there_has_arrived() {
+    let (_bench, node) = Bench::with(&["a", "b"]);
+    import(&node, Some("a"), "debian", &[7; 8192]).unwrap();
+    create(&node, "vm1", "debian", "a").unwrap();
+    let mut staged = node.stage_move(&name("vm1"), &name("b"), 8192, blank_map).unwrap();
+    staged.prepare().unwrap();
+    node.set_draining(&name("b"), true).unwrap();
+    std::thread::scope(|scope| {
+        let left = scope.spawn(|| node.is_left(&name("b")));
+        std::thread::sleep(std::time::Duration::from_millis(50));
+        assert!(!left.is_finished(), "somebody is on his way there");
+        staged.publish().unwrap().remove().unwrap();
+        assert!(!left.join().unwrap().unwrap(), "vm1 has arrived");
+    });
+    migrate(&node, "vm1", "a").unwrap();
+    assert!(node.is_left(&name("b")).unwrap());
+    node.set_draining(&name("b"), false).unwrap();
+    assert_eq!(node.is_left(&name("b")).unwrap_err().kind(), Kind::InUse);
+}
+
+#[test]
+fn a_disk_is_drained_and_undrained_by_several_at_once() {
+    let (bench, node) = Bench::with(&["a", "b"]);
+    std::thread::scope(|scope| {
+        for draining in [true, false, true, false] {
+            let node = &node;
+            scope.spawn(move || {
+                for _ in 0..20 {
+                    node.set_draining(&name("b"), draining).unwrap();
+                }
+            });
+        }
+    });
+    let known = node.disk(&name("b")).unwrap().draining;
+    drop(node);
+    assert_eq!(bench.open().disk(&name("b")).unwrap().draining, known);
+}
+
+#[test]
 fn what_cannot_move_is_refused_and_leaves_nothing() {
     let (bench, node) = Bench::with(&["a", "b"]);
     bench.add_pool(&node, "pool");

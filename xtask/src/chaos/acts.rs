@@ -82,7 +82,7 @@ impl Actor<'_> {
     }
 
     fn act(&mut self) -> Result<()> {
-        match self.rng.u8(..32) {
+        match self.rng.u8(..34) {
             0..5 => self.create(),
             5..8 => self.remove(),
             8..14 => self.migrate(),
@@ -93,10 +93,10 @@ impl Actor<'_> {
             22..24 => self.copy(),
             24 => self.uncopy(),
             25 => self.drain(),
-            26 => self.undrain(),
-            27..29 => self.carry(),
-            29 => self.plain("fsck", &["fsck", "--repair"]),
-            30 => self.cache(),
+            26..29 => self.undrain(),
+            29..31 => self.carry(),
+            31 => self.plain("fsck", &["fsck", "--repair"]),
+            32 => self.cache(),
             _ => self.verify(),
         }
     }
@@ -268,7 +268,8 @@ impl Actor<'_> {
     }
 
     fn copy(&mut self) -> Result<()> {
-        let any = self.world.any_image(&mut self.rng, Presence::Here, |_| true);
+        // So many are wanted from then on: of an image that is kept they would never be fewer again.
+        let any = self.world.any_image(&mut self.rng, Presence::Here, |source| !source.kept);
         let Some(source) = any else { return Ok(()) };
         let (image, disk) = (&self.world.sources[source], self.any_disk());
         let _ = self.call("copy", &["image", "copy", &image.name, "--to", &disk])?;
@@ -406,7 +407,11 @@ impl Actor<'_> {
             self.world.count(act, 2);
             return Ok(Ended::Cut);
         }
-        // A report of something amiss is no refusal.
+        if ["fsck", "verify"].contains(&act) && self.world.ill {
+            // They tell what can't be mended, or read, while a disk is ill.
+            self.world.count(act, 1);
+            return Ok(Ended::Cut);
+        }
         let last = outcome.stderr.trim().lines().last().unwrap_or_default();
         let error = json(last).with_context(|| format!("underlay {line}: {}", outcome.said()))?;
         let error = &error["error"];
@@ -423,7 +428,7 @@ impl Actor<'_> {
 
     fn here(&self) -> usize {
         let state = self.world.state();
-        state.replicas.values().filter(|it| it.presence != Presence::Gone).count()
+        state.replicas.values().filter(|it| !it.kept && it.presence != Presence::Gone).count()
     }
 
     /// A name that no replica has, if there are not enough of them.

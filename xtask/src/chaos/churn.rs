@@ -139,7 +139,7 @@ impl Churn {
             while born.elapsed() < life && !at_work.iter().any(|it| it.is_finished()) {
                 thread::sleep(Duration::from_millis(5));
             }
-            hours.dying.store(true, Ordering::SeqCst);
+            hours.die();
             let killed = daemon.kill();
             for worker in at_work {
                 worker.join().map_err(|_| anyhow!("a worker panicked"))??;

@@ -27,6 +27,9 @@ const PATIENCE: Duration = Duration::from_secs(90);
 pub struct Hours {
     /// The daemon is about to be killed, or dead: connections may be lost.
     pub dying: AtomicBool,
+    /// How often it was killed. The kernel may cut a connection long after that: when the rings of the dead
+    /// have got answers from a disk that is ill.
+    pub deaths: AtomicU64,
     /// Guests are to go home.
     pub over: AtomicBool,
     /// Whether guests connect again, or their day ends with their connection.
@@ -36,7 +39,14 @@ pub struct Hours {
 impl Hours {
     /// A day that begins.
     pub fn new(again: bool) -> Hours {
-        Hours { dying: AtomicBool::new(false), over: AtomicBool::new(false), again }
+        let (dying, deaths, over) = Default::default();
+        Hours { dying, deaths, over, again }
+    }
+
+    /// The daemon is killed now.
+    pub fn die(&self) {
+        self.deaths.fetch_add(1, Ordering::SeqCst);
+        self.dying.store(true, Ordering::SeqCst);
     }
 
     /// Whether the daemon may be gone.
@@ -83,6 +93,7 @@ impl Guest {
     pub fn run(mut self, hours: &Hours) -> Result<()> {
         let who = format!("a client of replica {}", self.replica);
         while !hours.over.load(Ordering::SeqCst) {
+            let deaths = hours.deaths.load(Ordering::SeqCst);
             let client = match self.client.take() {
                 Some(client) => Some(client),
                 None => self.connect(hours).with_context(|| who.clone())?,
@@ -90,7 +101,7 @@ impl Guest {
             let Some(mut client) = client else { return Ok(()) };
             let ended = self.visit(&mut client, hours);
             if let Some(lost) = ended.with_context(|| who.clone())? {
-                if !hours.is_dying() {
+                if hours.deaths.load(Ordering::SeqCst) == deaths {
                     return Err(lost.context(who));
                 }
                 if !hours.again {

@@ -174,6 +174,9 @@ impl Storm {
                 }
             }
             hours.over.store(true, Ordering::SeqCst);
+            if let Err(error) = &befell {
+                note(&format!("chaos: {error:#}"));
+            }
             // What a worker saw explains what befell, more often than the other way round.
             for worker in all {
                 worker.join().map_err(|_| anyhow!("a worker panicked"))??;
@@ -338,7 +341,7 @@ impl Storm {
             *self.figures.entry(metric).or_default() += self.daemon.metric(metric)?;
         }
         self.daemon.healthy()?;
-        self.hours.dying.store(true, Ordering::SeqCst);
+        self.hours.die();
         self.daemon.kill()
     }
 
