@@ -524,8 +524,13 @@ impl Service {
                     .to_owned(),
             ),
             catalog::Removed::ReferenceOnly => Some(
-                "its disk is not there: it holds its image no longer, and its files are where \
-                 they were"
+                "its disk is none of this node's: it holds its image no longer, and its files are \
+                 where they were"
+                    .to_owned(),
+            ),
+            catalog::Removed::OnReturn => Some(
+                "its disk is not there: its files go when the disk returns, unless that is \
+                 forgotten first"
                     .to_owned(),
             ),
         };
