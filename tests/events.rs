@@ -13,6 +13,8 @@ use std::{
     thread,
 };
 
+#[path = "support/nbd.rs"]
+mod nbd;
 #[path = "support/node.rs"]
 mod node;
 
@@ -152,6 +154,52 @@ fn what_happens_is_told() {
     let again = follower.event("started");
     assert_eq!(again["seq"], 1);
     assert_ne!(again["boot"], started["boot"]);
+}
+
+#[test]
+fn what_no_copy_has_comes_from_the_file_it_was_imported_from() {
+    let daemon = Daemon::with_disks();
+    let content: Vec<u8> = (0..4 * CHUNK).map(|at| (at / 5) as u8).collect();
+    let file = daemon.path("source.raw");
+    fs::write(&file, &content).unwrap();
+    let source = file.to_str().unwrap();
+    daemon.ok(&["image", "import", source, "--name", "base", "--disk", "a", "--format", "raw"]);
+    let image = daemon.json(&["image", "inspect", "base"]);
+    let data = daemon.path("a").join("underlay/images").join(image["digest"].as_str().unwrap());
+    let data = data.join("data");
+    fs::set_permissions(&data, fs::Permissions::from_mode(0o600)).unwrap();
+    let damage = |chunk: u64| {
+        let copy = fs::OpenOptions::new().write(true).open(&data).unwrap();
+        copy.write_all_at(b"damaged", chunk * CHUNK as u64 + 5).unwrap();
+    };
+    let verified = |sound: bool| {
+        let output = daemon.cli(&["image", "verify", "base", "--json"]).output().unwrap();
+        assert_eq!(output.status.success(), sound, "{output:?}");
+    };
+    // A client reads as if nothing had happened, and the copy is made whole.
+    damage(1);
+    let mut client = nbd::Client::open(&daemon.nbd_socket(), "image/base", nbd::Replies::Simple);
+    let read = client.read(CHUNK as u64, CHUNK as u32).unwrap();
+    assert!(read == content[CHUNK..2 * CHUNK]);
+    let told = |kind: &str| page(&daemon).iter().any(|event| event["kind"] == kind);
+    node::until("the repair", || told("chunks_repaired") && told("rescued"));
+    assert!(fs::read(&data).unwrap() == content);
+    drop(client);
+    // A file that was changed is not read, not even where it is as it was.
+    damage(2);
+    let mut changed = content.clone();
+    changed[0] ^= 1;
+    fs::write(&file, &changed).unwrap();
+    verified(false);
+    assert!(told("chunks_unrepaired"));
+    // Nor is one that was put in its place.
+    fs::remove_file(&file).unwrap();
+    fs::write(&file, &content).unwrap();
+    verified(false);
+    let origins = daemon.path("state").join("origins");
+    assert_eq!(fs::read_dir(&origins).unwrap().count(), 1);
+    daemon.ok(&["image", "rm", "base"]);
+    assert_eq!(fs::read_dir(&origins).unwrap().count(), 0);
 }
 
 #[test]

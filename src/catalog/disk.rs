@@ -24,6 +24,7 @@ use super::{
     media::Media,
     name::Digest,
     record::{self, DiskRecord, KnownDisk},
+    scan::DELETING,
     status::DiskState,
     steps::Steps,
 };
@@ -190,6 +191,14 @@ impl Disk {
             ));
         }
         Ok(())
+    }
+
+    /// Removes a copy of an image that nobody sees: out of sight durably, then its files.
+    pub(crate) fn take_away_copy(&self, digest: Digest) -> Result<()> {
+        let doomed = format!("{DELETING}{}", Uuid::new_v4());
+        self.images.rename(digest.to_string(), &doomed)?;
+        self.images.sync()?;
+        self.images.remove_tree(&doomed)
     }
 
     /// Removes what is left of a disk without images, replicas or anything foreign; tells whether

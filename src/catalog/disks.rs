@@ -101,7 +101,7 @@ impl Node {
             Some((known, true)) => self.change_disk(&known, &options),
             Some((known, false)) => {
                 self.check_name(&known, &options)?;
-                let opened = open_disk(&known, self.0.steps.clone());
+                let mut opened = open_disk(&known, self.0.steps.clone());
                 if let Err(absence) = &opened {
                     let kind = match absence.state {
                         DiskState::Locked => Kind::Locked,
@@ -112,7 +112,11 @@ impl Node {
                     self.0.settle(known, opened);
                     return Err(Error::new(kind, format!("disk {name}: {reason}")));
                 }
+                if let Ok((disk, _, contents)) = &mut opened {
+                    self.bury_returned(&known.name, disk, contents);
+                }
                 self.0.settle(known.clone(), opened);
+                self.strike_what_is_there();
                 self.settle_moves();
                 self.change_disk(&known, &options)
             }
@@ -154,12 +158,14 @@ impl Node {
                 (Disk::init(&path, &record, self.0.steps.clone())?, record)
             }
         };
-        let contents = scan_and_clean(&disk)?;
+        let mut contents = scan_and_clean(&disk)?;
+        self.bury_returned(&known.name, &disk, &mut contents);
         self.0.write_known(|disks| match disks.iter_mut().find(|other| other.id == id) {
             Some(moved) => *moved = known.clone(),
             None => disks.push(known.clone()),
         })?;
         self.0.settle(known.clone(), Ok((disk, record, contents)));
+        self.strike_what_is_there();
         self.settle_moves();
         self.change_disk(&known, options)
     }
@@ -294,6 +300,9 @@ impl Node {
             let mut view = self.0.view();
             view.disks.retain(|slot| slot.known.id != known.id);
             view.detach(known.id);
+        }
+        if let Err(error) = self.waits_for_no(known.id) {
+            tracing::warn!(disk = %known.name, %error, "what waits for it is struck off at the next start");
         }
         match disk.map(Disk::erase).transpose() {
             Ok(Some(true)) => Ok(Forgotten::Erased),

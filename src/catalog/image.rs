@@ -17,6 +17,7 @@ use super::{
     name::{Digest, Name},
     node::Node,
     record::{self, ImageRecord, NAMES_MAX},
+    removed::Gone,
     scan::{self, DELETING},
     status::{CopyState, ImageUser, UserState},
     view::{Copy, Image, listed},
@@ -168,31 +169,37 @@ impl Node {
     /// Takes a name from an image; with its last name the image goes. One that is in use keeps its
     /// last name, and the error names the users.
     pub fn remove_image(&self, name: &Name) -> Result<Unnamed> {
-        let (_claimed, (digest, names, disks)) = self.0.claim(format!("image {name}"), |view| {
-            let (digest, image) = view.image(name)?;
-            let mut names = image.names();
-            // By its digest an image is removed whatever it is called.
-            if names.contains(name) {
-                names.retain(|other| other != name);
-            } else {
-                names.clear();
-            }
-            let users = view.users(digest);
-            if names.is_empty() && !users.is_empty() {
-                return Err(in_use(name, &users));
-            }
-            let copies = image.copies.iter().map(|copy| copy.disk);
-            let disks: Vec<Arc<Disk>> = copies.filter_map(|id| view.here(id).cloned()).collect();
-            let mut wants = vec![
-                (Object::Catalogue, Mode::Shared),
-                (Object::ImageName(name.clone()), Mode::Alone),
-                (Object::Image(digest), Mode::Alone),
-            ];
-            wants.extend(disks.iter().map(|disk| (Object::Disk(disk.id), Mode::Shared)));
-            Ok((wants, (digest, names, disks)))
-        })?;
+        let (_claimed, (digest, names, disks, away)) =
+            self.0.claim(format!("image {name}"), |view| {
+                let (digest, image) = view.image(name)?;
+                let mut names = image.names();
+                // By its digest an image is removed whatever it is called.
+                if names.contains(name) {
+                    names.retain(|other| other != name);
+                } else {
+                    names.clear();
+                }
+                let users = view.users(digest);
+                if names.is_empty() && !users.is_empty() {
+                    return Err(in_use(name, &users));
+                }
+                let copies = image.copies.iter().map(|copy| copy.disk);
+                let disks: Vec<Arc<Disk>> =
+                    copies.filter_map(|id| view.here(id).cloned()).collect();
+                let mut wants = vec![
+                    (Object::Catalogue, Mode::Shared),
+                    // No disk comes meanwhile that would be asked for nothing.
+                    (Object::Disks, Mode::Shared),
+                    (Object::ImageName(name.clone()), Mode::Alone),
+                    (Object::Image(digest), Mode::Alone),
+                ];
+                wants.extend(disks.iter().map(|disk| (Object::Disk(disk.id), Mode::Shared)));
+                Ok((wants, (digest, names, disks, view.away_disks())))
+            })?;
         let within = |error: Error| error.within(format!("image {name}"));
         if !names.is_empty() {
+            let gone = Gone::Name(digest, name.clone());
+            self.remember_removed(&gone, &away).map_err(within)?;
             for disk in &disks {
                 self.change_names(disk, digest, |names| names.retain(|other| other != name))
                     .map_err(within)?;
@@ -202,6 +209,7 @@ impl Node {
         for disk in &disks {
             disk.check_writable().map_err(within)?;
         }
+        self.remember_removed(&Gone::Image(digest), &away).map_err(within)?;
         for disk in disks {
             self.remove_copy(&disk, digest).map_err(within)?;
         }

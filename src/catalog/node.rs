@@ -25,6 +25,7 @@ use super::{
     dir::{DIR_MODE, Dir},
     disk::{self, Absence, Disk},
     record::{self, DiskRecord, DisksRecord, KnownDisk},
+    removed::World,
     scan::{self, Contents, Mend},
     status::DiskState,
     steps::Steps,
@@ -46,6 +47,8 @@ pub(crate) struct Inner {
     pub state: Dir,
     pub steps: Steps,
     view: Mutex<View>,
+    /// Held while what waits for disks that are away is changed.
+    removing: Mutex<()>,
     /// Signalled when a claim is given back.
     freed: Condvar,
     _lock: Option<fs::File>,
@@ -92,9 +95,12 @@ impl Node {
             state,
             steps,
             view: Mutex::default(),
+            removing: Mutex::default(),
             freed: Condvar::new(),
             _lock: lock,
         }));
+        let ids: Vec<Uuid> = known.iter().map(|known| known.id).collect();
+        node.load_removed(&ids)?;
         node.open_disks(known);
         Ok(node)
     }
@@ -112,6 +118,7 @@ impl Node {
                 (known, receiver, started.is_ok())
             })
             .collect();
+        let mut all = Vec::new();
         for (known, receiver, started) in waiting {
             let left = deadline.saturating_duration_since(Instant::now());
             let opened = receiver.recv_timeout(left).unwrap_or_else(|error| {
@@ -124,8 +131,28 @@ impl Node {
                 };
                 Err(Absence { state: DiskState::Failed, reason })
             });
+            all.push((known, opened));
+        }
+        let mut world = World::default();
+        {
+            let view = self.0.view();
+            for (known, opened) in &all {
+                match opened {
+                    Ok((.., contents)) => {
+                        world.add(known.id, contents, view.removed.get(&known.id));
+                    }
+                    Err(_) => world.lacks(),
+                }
+            }
+            world.expects(&view);
+        }
+        for (known, mut opened) in all {
+            if let Ok((disk, _, contents)) = &mut opened {
+                self.bury(&known.name, disk, contents, &world);
+            }
             self.0.settle(known, opened);
         }
+        self.strike_what_is_there();
         self.settle_moves();
     }
 }
@@ -135,6 +162,11 @@ impl Inner {
     pub(crate) fn view(&self) -> MutexGuard<'_, View> {
         // A panic in between leaves a view that is whole: each change to it is one call.
         self.view.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The right to change what waits for disks that are away.
+    pub(crate) fn removing(&self) -> MutexGuard<'_, ()> {
+        self.removing.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Takes the claims that `plan` wants, once all of them are free; `plan` sees the view as it is

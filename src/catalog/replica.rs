@@ -23,6 +23,7 @@ use super::{
     name::{Digest, Name},
     node::Node,
     record::{self, Base, FORMAT, RefRecord, ReplicaRecord},
+    removed::Gone,
     scan::{DELETING, Reference, STAGING, ref_file},
     status::{CopyState, ReplicaStatus},
     view::{Image, Replica, View},
@@ -56,8 +57,10 @@ pub enum Removed {
     Whole,
     /// It is gone; its reference could not be removed, and holds the image until `fsck` does.
     ReferenceLeft,
-    /// Its disk isn't there: it no longer holds its image, and its files are where they were.
+    /// Its disk is none of the node's: it no longer holds its image, and its files are where they were.
     ReferenceOnly,
+    /// Its disk isn't there: it holds nothing any more, and goes when the disk returns.
+    OnReturn,
 }
 
 /// A replica's files, to be opened as its overlay needs them.
@@ -224,8 +227,8 @@ impl Node {
     pub fn remove_replica(&self, name: &Name) -> Result<Removed> {
         let within = |error: Error| error.within(format!("replica {name}"));
         let what = format!("replica {name}");
-        let (_claimed, (id, digest, disk, copies)) = self.0.claim(what, |view| {
-            let (id, digest, disk) = match view.replica(name) {
+        let (_claimed, (id, digest, disk, copies, away)) = self.0.claim(what, |view| {
+            let (id, digest, disk, away) = match view.replica(name) {
                 Ok((id, replica)) => {
                     check_settled(view, replica)?;
                     if view.spares.iter().any(|spare| spare.record.id == id) {
@@ -236,10 +239,18 @@ impl Node {
                         return Err(Error::new(Kind::InUse, what));
                     }
                     let slot = view.slot(replica.disk).ok_or_else(|| unplaced(name))?;
-                    (id, replica.record.digest(), Some(slot.usable()?.clone()))
+                    // What it was moved from, or to in vain, may be on a disk that is away.
+                    let has_moved = replica.record.epoch > 0;
+                    let away = if has_moved { view.away_disks() } else { Vec::new() };
+                    (id, replica.record.digest(), Some(slot.usable()?.clone()), away)
                 }
                 Err(error) => match away(view, name) {
-                    Some((digest, reference)) => (reference.replica, Some(digest), None),
+                    Some((digest, reference)) => {
+                        // Where a disk waits, its return is what the rest waits for.
+                        let known = view.slot(reference.disk).is_some();
+                        let away = if known { view.away_disks() } else { Vec::new() };
+                        (reference.replica, Some(digest), None, away)
+                    }
                     None => return Err(error),
                 },
             };
@@ -249,19 +260,28 @@ impl Node {
             let copies: Vec<Arc<Disk>> = with.filter_map(|c| view.here(c.disk).cloned()).collect();
             let mut wants: Vec<Want> = vec![
                 (Object::Catalogue, Mode::Shared),
+                (Object::Disks, Mode::Shared),
                 (Object::ReplicaName(name.clone()), Mode::Alone),
                 (Object::Replica(id), Mode::Alone),
             ];
             wants.extend(digest.map(|digest| (Object::Image(digest), Mode::Shared)));
             let disks = disk.iter().chain(&copies);
             wants.extend(disks.map(|disk| (Object::Disk(disk.id), Mode::Shared)));
-            Ok((wants, (id, digest, disk, copies)))
+            Ok((wants, (id, digest, disk, copies, away)))
         })?;
         if let Some(disk) = &disk {
             disk.check_writable().map_err(within)?;
+        }
+        // If its disk is away, this is the moment at which it is removed.
+        self.remember_removed(&Gone::Replica(id), &away).map_err(within)?;
+        if let Some(disk) = &disk {
             self.take_away(disk, id).map_err(within)?;
         }
-        let mut outcome = if disk.is_some() { Removed::Whole } else { Removed::ReferenceOnly };
+        let mut outcome = match (&disk, away.is_empty()) {
+            (Some(_), _) => Removed::Whole,
+            (None, true) => Removed::ReferenceOnly,
+            (None, false) => Removed::OnReturn,
+        };
         for (copy, digest) in copies.iter().zip(digest.into_iter().cycle()) {
             match drop_reference(copy, digest, id) {
                 Ok(()) => {
@@ -271,7 +291,7 @@ impl Node {
                         copy.found.refs.remove(&id);
                     }
                 }
-                Err(error) if disk.is_none() => return Err(within(error)),
+                Err(error) if outcome == Removed::ReferenceOnly => return Err(within(error)),
                 Err(error) => {
                     tracing::warn!(replica = %name, %error, "its reference stays until fsck");
                     outcome = Removed::ReferenceLeft;

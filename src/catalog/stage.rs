@@ -188,6 +188,7 @@ impl StagedCopy {
             let (record, refs) = self.inherit(&meta);
             self.appear(&record, &refs).map_err(|error| error.within(format!("image {name}")))?;
         }
+        node.is_back(*digest, name);
         drop(claimed);
         node.image_by_digest(*digest)
     }

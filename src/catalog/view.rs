@@ -24,6 +24,7 @@ use super::{
     media::Tier,
     name::{Digest, Name},
     record::{DiskRecord, KnownDisk, RefRecord, ReplicaRecord},
+    removed::{Buried, RemovedRecord},
     scan::{Contents, CopyFound, Reference, ReplicaFound},
     status::{CopyState, ImageUser, UserState},
 };
@@ -43,6 +44,10 @@ pub(crate) struct View {
     pub placement: Placement,
     /// Staging directories that somebody is at work in.
     pub live: HashSet<OsString>,
+    /// What is to go from disks that are away, once they return.
+    pub removed: BTreeMap<Uuid, RemovedRecord>,
+    /// What has gone from disks that have returned, to be told.
+    pub buried: Vec<Buried>,
     /// Replicas that are there and can't be understood, and their disk.
     damaged: HashMap<Uuid, Uuid>,
     image_names: HashMap<Name, Digest>,
@@ -272,11 +277,24 @@ impl View {
     pub(crate) fn user_state(&self, id: Uuid, reference: &Reference) -> UserState {
         if self.replicas.contains_key(&id) || self.damaged.contains_key(&id) {
             UserState::Present
+        } else if self.is_removed(id) {
+            UserState::Leaked
         } else if self.here(reference.record.disk).is_none() {
             UserState::Away
         } else {
             UserState::Leaked
         }
+    }
+
+    /// Whether a replica was removed while a disk was away that may have a part of it.
+    fn is_removed(&self, id: Uuid) -> bool {
+        self.removed.values().any(|record| record.replicas.contains(&id))
+    }
+
+    /// The disks that are not there.
+    pub(crate) fn away_disks(&self) -> Vec<Uuid> {
+        let away = self.disks.iter().filter(|slot| slot.here().is_none());
+        away.map(|slot| slot.known.id).collect()
     }
 
     /// Who uses an image.
@@ -304,6 +322,11 @@ impl View {
     /// Takes in what was found on a disk, in the place of what was known of it.
     pub(crate) fn attach(&mut self, disk: Uuid, contents: Contents) {
         self.forget(disk);
+        let mut contents = contents;
+        if let Some(removed) = self.removed.get(&disk) {
+            contents.replicas.retain(|found| !removed.replicas.contains(&found.record.id));
+            contents.damaged.retain(|id| !removed.replicas.contains(id));
+        }
         for found in contents.copies {
             self.put_copy(Copy { disk, found });
         }

@@ -18,7 +18,10 @@ use futures_util::{
 };
 use nix::fcntl::OFlag;
 use serde_json::json;
-use tokio::{sync::Mutex as AsyncMutex, time::timeout};
+use tokio::{
+    sync::{Mutex as AsyncMutex, Semaphore},
+    time::timeout,
+};
 
 use crate::{
     blockdev::BaseImage,
@@ -26,6 +29,7 @@ use crate::{
     control::{
         config::{Caching, Config},
         events::{Events, Happened},
+        origins::{AT_ONCE, FromOrigin, InTurn},
         service::blocking,
         views::{Base, Views},
     },
@@ -56,6 +60,8 @@ pub struct Bases {
     caching: Caching,
     verify: Verify,
     events: Arc<Events>,
+    /// Places for those who read the files that images came from; `None` if nobody may.
+    origins: Option<Arc<Semaphore>>,
     open: Mutex<HashMap<Digest, Slot>>,
     /// The copies that were told not to be of use.
     unusable: Mutex<HashSet<(Digest, Name)>>,
@@ -73,7 +79,8 @@ impl Bases {
     ) -> Bases {
         let (caching, verify) = (config.image_io, config.verify_reads);
         let (open, unusable, disks) = Default::default();
-        Bases { node, rings, views, caching, verify, events, open, unusable, disks }
+        let origins = config.read_sources.then(|| Arc::new(Semaphore::new(AT_ONCE)));
+        Bases { node, rings, views, caching, verify, events, origins, open, unusable, disks }
     }
 
     /// Who is told what happens.
@@ -195,7 +202,17 @@ impl Bases {
         let name = digest.to_string();
         let sources = Sources::new(name, table.size(), chunks, copies, self.verify)?;
         let (views, rings) = (self.views.clone(), self.rings.clone());
-        sources.set_rescue(Box::new(Caches { digest, size: table.size(), views, rings }));
+        let size = table.size();
+        let caches = Box::new(Caches { digest, size, views, rings });
+        sources.set_rescue(match &self.origins {
+            Some(room) => {
+                let (node, room) = (self.node.clone(), room.clone());
+                let runtime = tokio::runtime::Handle::current();
+                let origin = Box::new(FromOrigin { node, digest, size, runtime, room });
+                Box::new(InTurn(caches, origin))
+            }
+            None => caches,
+        });
         let base = BaseImage::new(sources);
         Ok(if rotational { base.on_rotating_disk() } else { base })
     }

@@ -44,6 +44,8 @@ pub struct Config {
     pub overlay_io: Caching,
     /// When chunks of images are compared with their sums as they are read.
     pub verify_reads: Verify,
+    /// Whether what no copy can give is read from the file that the image was imported from.
+    pub read_sources: bool,
     /// Seconds that a disk has to answer well before it is believed to be.
     pub clean_seconds: u64,
     /// How many copies of an image are wanted where nobody said.
@@ -93,6 +95,7 @@ struct File {
     image_io: Option<Caching>,
     overlay_io: Option<Caching>,
     verify_reads: Option<Verify>,
+    read_sources: Option<bool>,
     clean_seconds: Option<u64>,
     copies: Option<u64>,
     placement: Option<Placement>,
@@ -121,6 +124,7 @@ impl Config {
             image_io: Caching::Cached,
             overlay_io: Caching::Direct,
             verify_reads: Verify::First,
+            read_sources: true,
             clean_seconds: 60,
             copies: 1,
             placement: Placement::Pool,
@@ -172,6 +176,7 @@ impl Config {
             image_io: file.image_io.unwrap_or(default.image_io),
             overlay_io: file.overlay_io.unwrap_or(default.overlay_io),
             verify_reads: file.verify_reads.unwrap_or(default.verify_reads),
+            read_sources: file.read_sources.unwrap_or(default.read_sources),
             clean_seconds: file.clean_seconds.unwrap_or(default.clean_seconds),
             copies: file.copies.unwrap_or(default.copies),
             placement: file.placement.unwrap_or(default.placement),

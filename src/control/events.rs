@@ -68,6 +68,8 @@ pub enum Happened {
     CopyMissing,
     /// A copy was removed.
     CopyRemoved,
+    /// A copy is there again though its image was removed while its disk was away: it is needed.
+    CopyKept,
     /// A copy can't be used.
     CopyUnusable,
     /// A scrub of a copy has begun.
@@ -98,7 +100,7 @@ pub enum Happened {
 
 impl Happened {
     /// All of them, in their order.
-    pub const ALL: [Happened; 29] = [
+    pub const ALL: [Happened; 30] = [
         Happened::Started,
         Happened::DiskTrouble,
         Happened::DiskWell,
@@ -115,6 +117,7 @@ impl Happened {
         Happened::CopyMade,
         Happened::CopyMissing,
         Happened::CopyRemoved,
+        Happened::CopyKept,
         Happened::CopyUnusable,
         Happened::ScrubBegun,
         Happened::ScrubEnded,
@@ -138,6 +141,7 @@ impl Happened {
             | Happened::ChunksBad
             | Happened::Rescued
             | Happened::CopyMissing
+            | Happened::CopyKept
             | Happened::CopyUnusable
             | Happened::Failed => Severity::Warning,
             _ => Severity::Info,
@@ -163,6 +167,7 @@ impl Happened {
             Happened::CopyMade => "copy_made",
             Happened::CopyMissing => "copy_missing",
             Happened::CopyRemoved => "copy_removed",
+            Happened::CopyKept => "copy_kept",
             Happened::CopyUnusable => "copy_unusable",
             Happened::ScrubBegun => "scrub_begun",
             Happened::ScrubEnded => "scrub_ended",

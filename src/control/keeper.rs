@@ -14,7 +14,7 @@ use std::{
 use serde_json::json;
 
 use crate::{
-    catalog::{CopyState, Digest, DiskState, DiskStatus, Name, Placement},
+    catalog::{Buried, CopyState, Digest, DiskState, DiskStatus, Name, Placement, Removal},
     control::{
         copying::{Copying, Order},
         events::Happened,
@@ -204,6 +204,32 @@ impl Keeping {
                 _ => {
                     let reason = disk.reason.as_deref().unwrap_or("it is not there");
                     events.tell(Happened::DiskGone, object, reason, details);
+                }
+            }
+        }
+        for Buried { disk, what, kept } in self.copying.node.take_buried() {
+            let while_away = "removed while the disk was away";
+            match (what, kept) {
+                (Removal::Copy(digest), None) => {
+                    let message = format!("its copy on disk {disk} is gone: {while_away}");
+                    let details = json!({ "digest": digest, "disk": disk, "why": while_away });
+                    events.tell(Happened::CopyRemoved, format!("image {digest}"), message, details);
+                }
+                (Removal::Copy(digest), Some(why)) => {
+                    let message = format!("its copy on disk {disk} stays, {while_away}: {why}");
+                    let details = json!({ "digest": digest, "disk": disk, "why": why });
+                    let object = self.copying.bases.called(digest);
+                    events.tell(Happened::CopyKept, object, message, details);
+                }
+                (Removal::Replica(id), _) => {
+                    let message = format!("its files on disk {disk} are gone: {while_away}");
+                    let details = json!({ "id": id, "disk": disk, "why": while_away });
+                    events.tell(
+                        Happened::ReplicaRemoved,
+                        format!("replica {id}"),
+                        message,
+                        details,
+                    );
                 }
             }
         }

@@ -37,6 +37,7 @@ mod job;
 mod keeper;
 mod metrics;
 mod moves;
+mod origins;
 mod promotion;
 mod routes;
 mod scrub;

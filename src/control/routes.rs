@@ -222,8 +222,13 @@ async fn import_image(
     Extension(peer): Extension<Peer>,
     Input(request): Input<ImportImage>,
 ) -> Result<Response, Failure> {
+    let mut path = None;
     let source = match request.source {
-        ImportSource::File(file) => open_for(&peer, &file).await?,
+        ImportSource::File(file) => {
+            let opened = open_for(&peer, &file).await?;
+            path = Some(file.path);
+            opened
+        }
         ImportSource::Url(url) => match Source::parse(&url)? {
             source @ Source::Url(_) => source,
             _ => return Err(Error::new(Kind::Invalid, "the URL must be http or https").into()),
@@ -236,6 +241,10 @@ async fn import_image(
         source: None,
     };
     let prepared = service.prepare_import(request.name.parse()?, options).await?;
+    let prepared = match path {
+        Some(path) => prepared.at_path(path),
+        None => prepared,
+    };
     Ok(job::stream(service.jobs(), move |job| prepared.import(source, job)))
 }
 

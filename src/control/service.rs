@@ -350,7 +350,7 @@ impl Service {
         let disk = parsed(options.disk)?;
         let node = self.node.clone();
         let staged = blocking(move || node.stage_copy(disk.as_ref(), 0)).await?;
-        Ok(Import { service: self.clone(), name, format, sha256, staged })
+        Ok(Import { service: self.clone(), name, format, sha256, staged, path: None })
     }
 
     /// Removes a name of an image, and with the last one the image.
@@ -373,6 +373,10 @@ impl Service {
         self.events.tell(Happened::ImageRemoved, format!("image {name}"), message, details);
         if unnamed == catalog::Unnamed::Removed {
             self.promotion.forget(image.status.digest).await;
+            let (node, digest) = (self.node.clone(), image.status.digest);
+            if let Err(error) = blocking(move || node.remove_origin(digest)).await {
+                tracing::warn!(image = %name, %error, "where it came from is not forgotten");
+            }
         }
         let note = match unnamed {
             catalog::Unnamed::Removed => None,
@@ -528,8 +532,13 @@ impl Service {
                     .to_owned(),
             ),
             catalog::Removed::ReferenceOnly => Some(
-                "its disk is not there: it holds its image no longer, and its files are where \
-                 they were"
+                "its disk is none of this node's: it holds its image no longer, and its files are \
+                 where they were"
+                    .to_owned(),
+            ),
+            catalog::Removed::OnReturn => Some(
+                "its disk is not there: its files go when the disk returns, unless that is \
+                 forgotten first"
                     .to_owned(),
             ),
         };

@@ -5,6 +5,7 @@
 
 use std::{
     cmp::Reverse,
+    path::PathBuf,
     sync::{
         Arc,
         atomic::{AtomicU32, Ordering},
@@ -16,7 +17,8 @@ use serde_json::json;
 
 use crate::{
     catalog::{
-        COPIES_MAX, Digest, DiskState, DiskStatus, ImageMeta, Name, ReplicaStatus, StagedCopy,
+        COPIES_MAX, Digest, DiskState, DiskStatus, ImageMeta, Name, Origin, ReplicaStatus,
+        StagedCopy, Stamp,
     },
     control::{
         api::{
@@ -47,6 +49,8 @@ pub struct Import {
     pub(super) format: Format,
     pub(super) sha256: Option<Digest>,
     pub(super) staged: StagedCopy,
+    /// The path of the file that it comes from, if it may be read again.
+    pub(super) path: Option<PathBuf>,
 }
 
 impl Import {
@@ -57,8 +61,17 @@ impl Import {
         done.inspect_err(|error| service.events().failed(object, "import", error))
     }
 
+    /// The source is the file at this path, which may be read again when no copy can be.
+    pub fn at_path(self, path: PathBuf) -> Import {
+        Import { path: Some(path), ..self }
+    }
+
     fn publish(self, source: Source, job: &Job) -> Result<ImageView> {
         let started = Instant::now();
+        let stamp = match &source {
+            Source::File { file, .. } => Stamp::of(file).ok(),
+            _ => None,
+        };
         let request = ImportRequest {
             name: self.name.to_string(),
             source,
@@ -67,6 +80,15 @@ impl Import {
         };
         let report = |progress| job.report(Progress::from(progress));
         let imported = image::import(request, self.staged.path(), &report, job.cancel())?;
+        let origin = self.path.zip(stamp).and_then(|(path, stamp)| {
+            let content = match imported.format {
+                Format::Auto => return None,
+                Format::Raw => "raw",
+                Format::Qcow2 => "qcow2",
+                Format::Vmdk => "vmdk",
+            };
+            Some(Origin::new(imported.digest, path, content, stamp))
+        });
         let status = self.staged.publish(ImageMeta {
             name: self.name.clone(),
             digest: imported.digest,
@@ -74,6 +96,11 @@ impl Import {
             source: imported.source,
             source_sha256: imported.source_sha256,
         })?;
+        if let Some(origin) = origin
+            && let Err(error) = self.service.node().record_origin(&origin)
+        {
+            tracing::warn!(image = %self.name, %error, "its source is not known: it is never read again");
+        }
         let message = format!("imported from {}", status.source);
         let details = json!({
             "digest": status.digest, "bytes": status.size, "source": status.source,

@@ -18,6 +18,7 @@
 //!   chunks that hold data (48 bytes each).
 //! - A block of zeros is never stored, and a chunk of zeros costs neither hashing nor table space.
 
+mod again;
 mod checksum;
 mod content;
 mod fetch;
@@ -34,6 +35,7 @@ mod table;
 mod verify;
 mod vmdk;
 
+pub use again::read_again;
 pub use checksum::{ChunkSum, sha256};
 pub use content::Format;
 pub use import::{ImportRequest, Imported, import};

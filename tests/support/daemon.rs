@@ -62,6 +62,8 @@ impl Daemon {
         let file = self.path("source");
         fs::write(&file, content).unwrap();
         self.run(&["image", "import", file.to_str().unwrap(), "--name", name, "--disk", "d"]);
+        // Otherwise it would be read when no copy can be.
+        fs::remove_file(file).unwrap();
     }
 
     /// Creates the replica `name` of `image`, of `size` as the command line takes it.

@@ -169,6 +169,8 @@ impl Daemon {
         fs::write(&file, bytes).unwrap();
         let file = file.to_str().unwrap();
         self.ok(&["image", "import", file, "--name", name, "--format", "raw"]);
+        // Otherwise it would be read when no copy can be.
+        fs::remove_file(self.path("import.raw")).unwrap();
     }
 
     /// Sends an HTTP request as it is; status and body of the answer.

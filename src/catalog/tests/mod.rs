@@ -8,6 +8,7 @@ mod mending;
 mod moves;
 mod operations;
 mod power;
+mod removed;
 mod scale;
 mod scenario;
 

@@ -282,7 +282,7 @@ fn a_replica_of_a_lost_disk_can_be_given_up() {
     drop(node);
     fs::rename(bench.path("b"), bench.path("lost")).unwrap();
     let node = bench.open();
-    assert_eq!(node.remove_replica(&name("vm1")).unwrap(), Removed::ReferenceOnly);
+    assert_eq!(node.remove_replica(&name("vm1")).unwrap(), Removed::OnReturn);
     assert_eq!(node.remove_disk(&name("b")).unwrap(), Forgotten::Kept);
     assert_eq!(node.remove_image(&name("debian")).unwrap(), Unnamed::Removed);
     // Found again after all: nothing of it was lost, and it says what it lacks.

@@ -12,7 +12,7 @@ use std::{
 };
 
 use super::{
-    scenario::{Snapshot, all, check_after_crash, clear, ends, start},
+    scenario::{Snapshot, all, bring_back, check_after_crash, clear, ends, seen, start},
     *,
 };
 use crate::catalog::steps::Step;
@@ -277,6 +277,49 @@ fn a_power_cut_leaves_before_or_after() {
         }
     }
     println!("{cuts} cuts: {before} as before, {after} as after");
+}
+
+#[test]
+fn a_power_cut_while_a_disk_returns_brings_nothing_back() {
+    let bench = start();
+    let common = Snapshot::of(&bench);
+    let (seed, mut cuts) = (20_251, 0);
+    for scenario in all().into_iter().filter(|scenario| scenario.label.contains("away")) {
+        let label = scenario.label;
+        common.restore(&bench);
+        (scenario.prepare)(&bench);
+        (scenario.run)(&bench, &bench.open()).unwrap();
+        bring_back(&bench);
+        let returned = Snapshot::of(&bench);
+        let wanted = seen(&bench.open());
+        returned.restore(&bench);
+        let first = Model::load(bench.temp.path());
+        let log = Arc::new(Mutex::new((first.clone(), Vec::<Change>::new())));
+        let tap = log.clone();
+        let steps = Steps::hooked(move |step| {
+            let (model, changes) = &mut *tap.lock().unwrap();
+            let change = model.take(step);
+            changes.push(change);
+            Ok(())
+        });
+        drop(bench.open_in_steps(steps));
+        let (model, changes) = log.lock().unwrap().clone();
+        assert!(changes.len() > 5, "{label}: it takes steps");
+        for steps in 0..=changes.len() {
+            for attempt in 0..TRIES {
+                let salt = seed + cuts * 1000 + attempt;
+                let mut rng = fastrand::Rng::with_seed(salt);
+                write(&cut(&first, &model.inodes, &changes[..steps], &mut rng));
+                println!("{label}: cut after step {steps} of {}, seed {salt}", changes.len());
+                let node = bench.open();
+                assert_eq!(seen(&node), wanted, "{label}");
+                let problems = node.fsck(crate::catalog::Repair::Mend).unwrap().problems;
+                assert!(problems.iter().all(|problem| problem.mended), "{label}: {problems:?}");
+                cuts += 1;
+            }
+        }
+    }
+    println!("{cuts} cuts");
 }
 
 /// Takes into the model the files that an importer has written by itself into a staging directory.

@@ -6,7 +6,7 @@ use nix::fcntl::OFlag;
 
 use super::*;
 use crate::{
-    catalog::{CopyState, DiskState, Repair, UserState},
+    catalog::{CopyState, DiskState, Repair, ReplicaState, ReplicaStatus, UserState},
     error::Kind,
 };
 
@@ -126,6 +126,38 @@ pub(super) fn all() -> Vec<Scenario> {
             run: |_, node| node.align_copies(digest(IMAGE)).map(drop),
         },
         Scenario {
+            label: "remove an image while a disk is away",
+            prepare: |bench| {
+                another_spare(&bench.open());
+                take_away(bench);
+            },
+            run: |_, node| node.remove_image(&name(&digest(SPARE).to_string())).map(drop),
+        },
+        Scenario {
+            label: "remove a name while a disk is away",
+            prepare: |bench| {
+                another_spare(&bench.open());
+                take_away(bench);
+            },
+            run: |_, node| node.remove_image(&name("extra")).map(drop),
+        },
+        Scenario {
+            label: "remove a replica whose disk is away",
+            prepare: |bench| {
+                create(&bench.open(), "vm3", "debian", "c").unwrap();
+                take_away(bench);
+            },
+            run: |_, node| node.remove_replica(&name("vm3")).map(drop),
+        },
+        Scenario {
+            label: "remove a replica that has moved from a disk that is away",
+            prepare: |bench| {
+                moved_from_c(&bench.open());
+                take_away(bench);
+            },
+            run: |_, node| node.remove_replica(&name("vm3")).map(drop),
+        },
+        Scenario {
             label: "grow a replica's record",
             prepare: same,
             run: |_, node| node.set_replica_size(&name("vm1"), 1 << 30),
@@ -192,6 +224,32 @@ fn two_copies(bench: &Bench) {
     copy_to(&bench.open(), "c").unwrap();
 }
 
+/// Makes one more copy of image `spare`, on disk c.
+pub(super) fn another_spare(node: &Node) {
+    let staged = node.stage_another(digest(SPARE), Some(&name("c")), true).unwrap();
+    fs::write(staged.data_path(), SPARE).unwrap();
+    fs::write(staged.chunks_path(), b"chunk table").unwrap();
+    node.publish_another(staged, digest(SPARE)).unwrap();
+}
+
+/// A replica that has moved from disk c to b, and whose former directory is there still.
+pub(super) fn moved_from_c(node: &Node) {
+    create(node, "vm3", "debian", "c").unwrap();
+    let mut staged = node.stage_move(&name("vm3"), &name("b"), 8192, blank_map).unwrap();
+    staged.prepare().unwrap();
+    drop(staged.publish().unwrap());
+}
+
+/// Takes disk c away, while no node is open.
+pub(super) fn take_away(bench: &Bench) {
+    fs::rename(bench.path("c"), bench.path("gone")).unwrap();
+}
+
+/// Brings disk c back, while no node is open.
+pub(super) fn bring_back(bench: &Bench) {
+    fs::rename(bench.path("gone"), bench.path("c")).unwrap();
+}
+
 /// What a user sees: replicas with their size, images with their names and state, disks.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Seen {
@@ -240,12 +298,14 @@ pub(super) fn ends(bench: &Bench, scenario: &Scenario) -> (Seen, Seen) {
 pub(super) fn check_after_crash(bench: &Bench, scenario: &Scenario, ends: &(Seen, Seen)) -> Seen {
     let label = scenario.label;
     let node = bench.open();
-    for disk in node.disks() {
+    let away = scenario.label.contains("away");
+    for disk in node.disks().iter().filter(|disk| !away || disk.name != name("c")) {
         assert_eq!(disk.state, DiskState::Present, "{label}: {:?}", disk.reason);
     }
     let now = seen(&node);
     assert!(now == ends.0 || now == ends.1, "{label}: in between: {now:?}, ends {ends:?}");
-    for replica in node.replicas() {
+    let there = |replica: &ReplicaStatus| replica.state != ReplicaState::DiskMissing;
+    for replica in node.replicas().into_iter().filter(there) {
         let opened = node.open_replica(&replica.name).unwrap();
         let data = opened.open_data(OFlag::empty()).unwrap();
         assert!(data.metadata().unwrap().len() == 8192, "{label}: {} is whole", replica.name);
@@ -277,6 +337,15 @@ pub(super) fn check_after_crash(bench: &Bench, scenario: &Scenario, ends: &(Seen
         assert!(!ours || !unfinished.iter().any(|mark| file.contains(mark)), "{label}: {file}");
     }
     assert_eq!(seen(&node), now, "{label}: mending changes nothing that is seen");
+    if away && now == ends.0 {
+        // It was not removed, and all of it is there again.
+        drop(node);
+        bring_back(bench);
+        let node = bench.open();
+        assert_eq!(seen(&node), now, "{label}: the disk is back");
+        assert_eq!(node.fsck(Repair::Mend).unwrap().problems, [], "{label}");
+        return now;
+    }
     // What was begun can be done again, unless it was done.
     match (scenario.run)(bench, &node) {
         Ok(()) => {}
@@ -286,6 +355,13 @@ pub(super) fn check_after_crash(bench: &Bench, scenario: &Scenario, ends: &(Seen
         }
     }
     assert_eq!(seen(&node), ends.1, "{label}: done again");
+    if away {
+        drop(node);
+        bring_back(bench);
+        let node = bench.open();
+        assert_eq!(seen(&node), ends.1, "{label}: nothing of it comes back with the disk");
+        assert_eq!(node.fsck(Repair::Mend).unwrap().problems, [], "{label}");
+    }
     now
 }
 

@@ -18,7 +18,7 @@ const HEDGES: About =
     About("source_hedges", Of::Things, "Reads that a second copy was asked for early");
 const WON: About = About("source_hedges_won", Of::Things, "How many of them it answered first");
 const RESCUED: About =
-    About("source_rescued", Of::Things, "Chunks that no copy could give and a cache did");
+    About("source_rescued", Of::Things, "Chunks that no copy could give and something else did");
 const FAILED: About = About("source_failed", Of::Things, "Reads that nothing could answer");
 const ERRORS: About = About("disk_read_errors", Of::Things, "Reads of copies on it that failed");
 const LATE: About =
