@@ -133,6 +133,14 @@ impl Health {
                 watch.trial = None;
             } else if watch.trial.as_ref().is_none_or(|trial| *locked(trial) != Trial::Waits) {
                 watch.trial = self.try_disk(disk, &bases);
+                if watch.trial.is_none() && !self.has_copy(disk) {
+                    // Nothing is left there that could be tried: who reads it next finds out.
+                    disk.set_trouble(None);
+                    tracing::info!(
+                        disk = disk.name(),
+                        "no copy is there any more: nothing is known of it"
+                    );
+                }
             }
         }
         self.tell_rescues(&bases, &mut state);
@@ -184,6 +192,10 @@ impl Health {
                 );
             }
         }
+    }
+
+    fn has_copy(&self, disk: &Disk) -> bool {
+        self.node.all_ready_copies().iter().any(|(_, home, _)| home.as_str() == disk.name())
     }
 
     /// Reads a chunk of some copy on the disk, past the page cache.

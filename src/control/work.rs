@@ -195,6 +195,8 @@ impl Verify {
         for disk in &self.disks {
             let copy = match self.copy(disk, &mut verified, job) {
                 Err(error) if error.kind() == Kind::Cancelled => return Err(error),
+                // It was given up meanwhile: that is no damage.
+                Err(_) if !self.is_there(disk) => continue,
                 Err(error) => CopyVerification {
                     disk: disk.clone(),
                     sound: false,
@@ -210,7 +212,15 @@ impl Verify {
             verified.repaired += copy.repaired;
             verified.copies.push(copy);
         }
+        if verified.copies.is_empty() {
+            let what = format!("image {}: its copies were given up meanwhile", self.name);
+            return Err(Error::new(Kind::NotFound, what));
+        }
         Ok(verified)
+    }
+
+    fn is_there(&self, disk: &Name) -> bool {
+        self.service.node().ready_copies(self.digest).iter().any(|(home, _)| home == disk)
     }
 
     fn copy(

@@ -6,6 +6,7 @@
 //! befalls disks.
 
 mod acts;
+mod call;
 mod check;
 mod churn;
 mod guest;

@@ -86,6 +86,8 @@ struct Storm {
     dir: PathBuf,
     patients: Vec<Patient>,
     homes: Vec<LoopDisk>,
+    /// What disks that are well took when they were empty.
+    roots: Vec<Root>,
     hours: Arc<Hours>,
     /// What guests see of images with two copies, and of others.
     seen: [Arc<Seen>; 2],
@@ -114,8 +116,10 @@ impl Storm {
                 "--pool",
             ])?;
         }
+        let mut roots = Vec::new();
         for (disk, name) in homes.iter().zip(HOMES) {
             daemon.ok(&["disk", "add", text(&disk.path)?, "--name", name, "--tier=ssd"])?;
+            roots.push(Root::new(&disk.path)?);
         }
         let sizes = KEPT.iter().chain(&OTHERS).enumerate();
         let sources = sizes.map(|(at, size)| source(&dir, at, *size, seed, at < KEPT.len()));
@@ -130,6 +134,7 @@ impl Storm {
             dir,
             patients,
             homes,
+            roots,
             hours,
             seen,
             troubles,
@@ -140,7 +145,6 @@ impl Storm {
 
     fn run(&mut self, last: Duration) -> Result<String> {
         let guests = self.populate()?;
-        let roots: Vec<Root> = Vec::new();
         let hours = self.hours.clone();
         let actors: Vec<Rng> = (0..ACTORS).map(|_| self.rng.fork()).collect();
         let world = self.world.clone();
@@ -184,7 +188,7 @@ impl Storm {
             befell
         });
         befell?;
-        self.end(&roots)
+        self.end()
     }
 
     /// Images with two copies and replicas of them, which stay; and the first of the others.
@@ -353,7 +357,7 @@ impl Storm {
     }
 
     /// Everything is well: it is compared.
-    fn end(&mut self, roots: &[Root]) -> Result<String> {
+    fn end(&mut self) -> Result<String> {
         // What was cut short ends with the daemon.
         self.die()?;
         for replica in self.world.state().replicas.values_mut() {
@@ -362,11 +366,11 @@ impl Storm {
         let world = self.world.clone();
         self.recovered(&world)?;
         self.daemon.ok(&["image", "verify", "--all"])?;
-        let looked = check(&world, &mut self.daemon, roots)?;
+        let looked = check(&world, &mut self.daemon, &self.roots)?;
         self.recovered(&world)?;
         self.kill()?;
         self.daemon.restart()?;
-        check(&world, &mut self.daemon, roots)?;
+        check(&world, &mut self.daemon, &self.roots)?;
         self.daemon.stop()?;
         let worst = self.seen.each_ref().map(|seen| seen.worst.load(Ordering::Relaxed));
         self.table(&world, worst);
