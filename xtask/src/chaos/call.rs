@@ -93,7 +93,7 @@ impl Actor<'_> {
         let error = &error["error"];
         let kind = error["kind"].as_str().unwrap_or_default();
         let says = |why: &&str| error["message"].as_str().is_some_and(|it| it.contains(why));
-        let told = GOOD_WORDS.iter().any(|why| says(why));
+        let told = GOOD_WORDS.iter().any(says);
         let good =
             told || GOOD_REASONS.contains(&kind) || (self.world.ill && ILL_REASONS.contains(&kind));
         ensure!(good, "underlay {line}: {error}");
