@@ -6,7 +6,7 @@
 //!
 //! Invariants:
 //! - Telling waits for nothing but a lock that nobody holds across I/O.
-//! - Memory is bounded: [`RING`] events, none of which has more than `MESSAGE_MAX` bytes of text, and
+//! - Memory is bounded: `RING` events, none of which has more than `MESSAGE_MAX` bytes of text, and
 //!   of details what call sites give: never content, never a list without an end.
 
 use std::{
