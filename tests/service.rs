@@ -126,6 +126,7 @@ fn images_come_from_files_and_streams_and_are_one() {
     assert_eq!(daemon.json(&["image", "list"]).as_array().unwrap().len(), 1);
 
     let file = daemon.path("import.raw");
+    fs::write(&file, &bytes).unwrap();
     let wrong =
         ["image", "import", file.to_str().unwrap(), "--name", "w", "--sha256", &"0".repeat(64)];
     let told = daemon.fails(&wrong);

@@ -25,6 +25,7 @@
 //! again (`guest.told`).
 
 mod bench;
+mod copies;
 mod guest;
 mod initramfs;
 mod inside;
@@ -175,6 +176,18 @@ pub const TESTS: &[Test] = &[
         run: sick::run,
     },
     Test {
+        name: "copies",
+        about: "an image with two copies, one of whose disks fails or hangs; replicas that move",
+        disks: &[
+            Disk { name: "a", size: 2 * GIB, fs: Fs::Ext4 },
+            Disk { name: "b", size: 2 * GIB, fs: Fs::Ext4 },
+            Disk { name: "c", size: 2 * GIB, fs: Fs::Xfs },
+        ],
+        limit: Duration::from_secs(240),
+        boots: Boots::Shared,
+        run: copies::run,
+    },
+    Test {
         name: "marks",
         about: "the replica's disk at every flush of its log, and torn in between: it recovers",
         disks: &[
@@ -204,5 +217,16 @@ pub const TESTS: &[Test] = &[
         limit: Duration::from_secs(120),
         boots: Boots::Cut(Cache::Volatile),
         run: power::run,
+    },
+    Test {
+        name: "moves",
+        about: "power cuts while a replica moves from disk to disk under flushed writes",
+        disks: &[
+            Disk { name: "a", size: 2 * GIB, fs: Fs::Ext4 },
+            Disk { name: "b", size: 2 * GIB, fs: Fs::Xfs },
+        ],
+        limit: Duration::from_secs(120),
+        boots: Boots::Cut(Cache::Volatile),
+        run: power::moving,
     },
 ];

@@ -4,7 +4,8 @@
 //! - every write to a replica that was acknowledged before an acknowledged flush (or had FUA) is there;
 //! - every other written sector is, as a whole, one of its writes since, or what it held before;
 //! - the rest of the replica, and the image, are what they were; the daemon opens and its fsck finds
-//!   nothing; an image and a replica whose making was acknowledged are there.
+//!   nothing; an image and a replica whose making was acknowledged are there;
+//! - all of that also while the replica moves from disk to disk: it is on one of them.
 //!
 //! The host keeps the truth: it is told of each write before it is sent, and of each flush after it
 //! was acknowledged. A cut loses what the guest's kernel and the drives' write caches held: all of
@@ -14,7 +15,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::Path;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread;
 use std::time::Duration;
 
@@ -38,8 +39,24 @@ const OWN: u64 = 4096;
 /// Where the written part of the replica ends, in sectors.
 const WRITTEN: u64 = SHARED + WRITERS * OWN;
 
+/// Whether the replica stays where it is.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Stay {
+    Put,
+    Moving,
+}
+
 /// Runs one phase of the test; its disks: a (ext4, the image and the daemon's state), b (xfs).
 pub fn run(guest: &mut Guest) -> Result<()> {
+    phase(guest, Stay::Put)
+}
+
+/// The same, while the replica moves to and fro.
+pub fn moving(guest: &mut Guest) -> Result<()> {
+    phase(guest, Stay::Moving)
+}
+
+fn phase(guest: &mut Guest, stay: Stay) -> Result<()> {
     let raw = guest.dir().join("base.raw");
     pattern::image(&raw, SIZE, guest.seed)?;
     let base = fs::read(&raw)?;
@@ -56,22 +73,23 @@ pub fn run(guest: &mut Guest) -> Result<()> {
                 model.hear(line).with_context(|| format!("in the ledger: {line}"))?;
             }
             ensure!(model.flushes > 0, "no flush was acknowledged before the cut");
+            ensure!(model.moves > 0 || stay == Stay::Put, "it was never moved");
             let found = model.check(daemon.nbd(), &base)?;
             for Found { sector, number, .. } in &found {
                 guest.tell(&format!("c {sector} {number}"))?;
             }
-            let Model { writes, flushes, .. } = model;
+            let Model { writes, flushes, moves, .. } = model;
             let (open, lost) = (found.len(), found.iter().filter(|found| found.lost).count());
             Ok(format!(
-                "{writes} writes, {flushes} flushes so far; of {open} sectors without a flush \
-                 {lost} were lost"
+                "{writes} writes, {flushes} flushes, {moves} moves so far; of {open} sectors without a \
+                 flush {lost} were lost"
             ))
         })?;
         if !passed || guest.last {
             return Ok(());
         }
     }
-    write(guest, &daemon)
+    write(guest, &daemon, stay)
 }
 
 /// Makes everything, and syncs nothing: what the daemon acknowledges is durable.
@@ -94,7 +112,8 @@ fn again(guest: &Guest) -> Result<Daemon> {
 }
 
 /// Writes until the power goes: it only returns with an error.
-fn write(guest: &Guest, daemon: &Daemon) -> Result<()> {
+fn write(guest: &Guest, daemon: &Daemon, stay: Stay) -> Result<()> {
+    let (ended, moves) = (AtomicBool::new(false), AtomicU64::new(0));
     let numbers = AtomicU64::new(guest.phase << 32 | 1);
     let flushes: Vec<_> = (0..WRITERS).map(|_| AtomicU64::new(0)).collect();
     thread::scope(|scope| {
@@ -106,19 +125,37 @@ fn write(guest: &Guest, daemon: &Daemon) -> Result<()> {
                 scope.spawn(move || writer.write(daemon.nbd()))
             })
             .collect();
-        while flushes.iter().any(|count| count.load(Ordering::SeqCst) == 0)
-            && !writers.iter().any(|writer| writer.is_finished())
-        {
+        let mover = (stay == Stay::Moving)
+            .then(|| scope.spawn(|| move_about(guest, daemon, &ended, &moves)));
+        let begun = || {
+            flushes.iter().all(|count| count.load(Ordering::SeqCst) > 0)
+                && (mover.is_none() || moves.load(Ordering::SeqCst) > 0)
+        };
+        while !begun() && !writers.iter().any(|writer| writer.is_finished()) {
             thread::sleep(Duration::from_millis(10));
         }
         if !writers.iter().any(|writer| writer.is_finished()) {
             guest.ready()?;
         }
-        for writer in writers {
-            writer.join().map_err(|_| anyhow!("a writer panicked"))??;
-        }
-        Ok(())
+        let written = writers
+            .into_iter()
+            .try_for_each(|writer| writer.join().map_err(|_| anyhow!("a writer panicked"))?);
+        ended.store(true, Ordering::SeqCst);
+        let moved = mover.map(|mover| mover.join().map_err(|_| anyhow!("the mover panicked")));
+        written.and(moved.transpose()?.transpose().map(drop))
     })
+}
+
+/// Moves the replica from disk to disk until the end.
+fn move_about(guest: &Guest, daemon: &Daemon, ended: &AtomicBool, moves: &AtomicU64) -> Result<()> {
+    while !ended.load(Ordering::SeqCst) {
+        let on = daemon.json(&["replica", "inspect", "vm"])?["disk"].clone();
+        let to = if on == "a" { "b" } else { "a" };
+        daemon.ok(&["replica", "migrate", "vm", "--to", to])?;
+        guest.tell("m 1")?;
+        moves.fetch_add(1, Ordering::SeqCst);
+    }
+    Ok(())
 }
 
 /// One writer: its own sectors, its own connection, one request at a time.
@@ -183,6 +220,7 @@ struct Model {
     pending: BTreeMap<u64, Vec<(u64, u64)>>,
     writes: u64,
     flushes: u64,
+    moves: u64,
 }
 
 impl Model {
@@ -209,6 +247,7 @@ impl Model {
                 let last = self.pending.get(id).and_then(|writes| writes.last().copied());
                 self.durable(last.context("no write before it")?);
             }
+            ("m", [_]) => self.moves += 1,
             // After a cut this was found there: it is on the disk, and no write is under way.
             ("c", [sector, number]) => {
                 self.pending.clear();

@@ -1,9 +1,9 @@
 //! The node of the test: disks on device-mapper, an image and replicas, attached, and what they must
 //! hold.
 
-use std::fs;
 use std::path::PathBuf;
 use std::time::Duration;
+use std::{fs, io};
 
 use anyhow::{Context, Result, ensure};
 use fastrand::Rng;
@@ -92,6 +92,8 @@ impl Node {
             daemon.ok(&["attach", export])?;
         }
         let base = fs::read(&raw)?;
+        // Otherwise they would be read where the image's disk fails.
+        [&raw, &other].map(fs::remove_file).into_iter().collect::<io::Result<()>>()?;
         let mut rng = Rng::with_seed(guest.seed);
         let holds = |block: &u64| {
             let at = (block * BLOCK) as usize;
