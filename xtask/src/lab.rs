@@ -9,6 +9,7 @@
 use std::fs::{self, DirBuilder, File};
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 
 use anyhow::{Context, Result, anyhow, bail};
@@ -21,6 +22,9 @@ use crate::{place, report};
 /// How the directories of sockets begin. They are in the system's temporary directory because the
 /// path of a Unix socket has room for 107 bytes only.
 const SOCKETS: &str = "underlay-rig-";
+
+/// Whether this process has the place.
+static OURS: AtomicBool = AtomicBool::new(false);
 
 /// The place where one run of the rigs happens.
 pub struct Lab {
@@ -40,6 +44,7 @@ impl Lab {
             report::say("waiting for another cargo xtask in this target directory");
             lock.lock().context("locking rig/lock")?;
         }
+        OURS.store(true, Ordering::SeqCst);
         sweep()?;
         fs::create_dir_all(&run)?;
         let sockets = std::env::temp_dir().join(format!("{SOCKETS}{}", std::process::id()));
@@ -79,7 +84,10 @@ pub fn heed_signals() -> Result<()> {
         if let Some(signal) = signals.forever().next() {
             report::say(&format!("interrupted (signal {signal}): clearing away"));
             tool::kill_all();
-            if let Err(error) = sweep() {
+            // Who only waits for the place has left nothing there.
+            if OURS.load(Ordering::SeqCst)
+                && let Err(error) = sweep()
+            {
                 report::say(&format!("not everything could be cleared away: {error:#}"));
             }
             std::process::exit(128 + signal);
