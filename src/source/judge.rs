@@ -168,8 +168,13 @@ impl Record {
     fn recovers(&mut self, seen: &Seen, took: Duration, clean: Duration) -> bool {
         self.slow.clear();
         let patience = Patience::of(seen.tier, Duration::from_nanos(self.usual));
+        // A trial reads a whole chunk. Who fell because he didn't answer has only to answer.
+        let enough = match seen.trouble {
+            Some(Trouble::Slow) => patience.hedge.saturating_mul(2),
+            _ => patience.late,
+        };
         match seen.trial {
-            Some(Trial::Answered(time)) if time <= patience.hedge.saturating_mul(2) => {
+            Some(Trial::Answered(time)) if time <= enough => {
                 self.well = self.well.saturating_add(took);
             }
             Some(Trial::Answered(_) | Trial::Failed | Trial::Waits) => self.well = Duration::ZERO,
@@ -265,5 +270,11 @@ mod tests {
         assert_eq!(tick(&disk), None, "it was not tried");
         disk.trial = Some(good);
         assert_eq!(tick(&disk), Some(Verdict::Well));
+        // Fast enough for one that was silent, not for one that was slow.
+        disk.trial = Some(Trial::Answered(Duration::from_millis(30)));
+        (0..59).for_each(|_| assert_eq!(tick(&disk), None));
+        assert_eq!(tick(&disk), Some(Verdict::Well));
+        disk.trouble = Some(Trouble::Slow);
+        (0..99).for_each(|_| assert_eq!(tick(&disk), None));
     }
 }
