@@ -178,12 +178,8 @@ fn check(
 ) -> Found {
     let start = range.start * CHUNK;
     let wanted = (range.end * CHUNK).min(table.size()) - start;
-    // Direct reads ask for whole chunks: at the end of the file they come short.
     let whole = &mut buf[..((range.end - range.start) * CHUNK) as usize];
-    let held = direct
-        .and_then(|file| read_up_to(file, whole, start).ok().filter(|held| *held as u64 >= wanted))
-        .or_else(|| read_up_to(data, whole, start).ok())
-        .unwrap_or(0);
+    let held = read_past_cache(data, direct, whole, start).unwrap_or(0);
     let mut found = Found { bad: Vec::new(), read: wanted.min(held as u64) };
     for chunk in range.clone().map(Chunk) {
         let at = (chunk.offset() - start) as usize;
@@ -192,15 +188,33 @@ fn check(
             table.sum(chunk) == Some(ChunkSum::of(&whole[at..at + len]))
         } else {
             // One bad sector fails the read of the range: the others are tried by themselves.
-            let part = &mut whole[at..at + len];
-            data.read_exact_at(part, chunk.offset()).is_ok()
-                && table.sum(chunk) == Some(ChunkSum::of(part))
+            let part = &mut whole[at..at + CHUNK as usize];
+            let again = read_past_cache(data, direct, part, chunk.offset());
+            again.is_ok_and(|held| held >= len)
+                && table.sum(chunk) == Some(ChunkSum::of(&part[..len]))
         };
         if !sound {
             found.bad.push(chunk.0);
         }
     }
     found
+}
+
+/// Reads whole chunks until `buf` is full or the file ends: from the disk where that can be had, since what
+/// the page cache holds of a bad sector says nothing of it.
+fn read_past_cache(
+    data: &File,
+    direct: Option<&File>,
+    buf: &mut [u8],
+    offset: u64,
+) -> io::Result<usize> {
+    match direct.map(|file| read_up_to(file, buf, offset)) {
+        // The file system takes the flag and refuses the reads.
+        Some(Err(error)) if error.kind() == io::ErrorKind::InvalidInput => {}
+        Some(read) => return read,
+        None => {}
+    }
+    read_up_to(data, buf, offset)
 }
 
 /// Reads until `buf` is full or the file ends.
