@@ -235,10 +235,16 @@ impl Health {
                 let mut unsound = copy.unsound();
                 unsound.truncate(BATCH);
                 let mut state = self.state();
+                if unsound.is_empty() {
+                    // Mended, by whomever: nothing of before counts if it is damaged again.
+                    state.hopeless.remove(&(*digest, disk));
+                    copy.set_beyond_repair(false);
+                    continue;
+                }
                 let tried = state.hopeless.get(&(*digest, disk.clone()));
                 let waits = tried.is_some_and(|(last, _)| last.elapsed() < PAUSE);
                 let told = tried.is_some();
-                if unsound.is_empty() || waits || !state.mending.insert(disk.clone()) {
+                if waits || !state.mending.insert(disk.clone()) {
                     continue;
                 }
                 drop(state);
