@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 use super::{
     name::Digest,
     node::Node,
-    record::{self, FORMAT},
+    record::{self, FORMAT, image_file},
 };
 use crate::error::{Context, Error, Kind, Result};
 
@@ -77,7 +77,7 @@ impl Node {
             Err(error) if error.kind() == Kind::NotFound => return Ok(None),
             other => other?,
         };
-        match record::read::<Origin>(&origins, &file(digest)) {
+        match record::read::<Origin>(&origins, &image_file(digest)) {
             Ok(origin) => Ok((origin.digest == digest).then_some(origin)),
             Err(error) if error.kind() == Kind::NotFound => Ok(None),
             Err(error) => Err(error),
@@ -90,20 +90,16 @@ impl Node {
             // A record can't name it.
             return self.remove_origin(origin.digest);
         }
-        record::write(&self.0.state.ensure(ORIGINS)?, &file(origin.digest), origin)
+        record::write(&self.0.state.ensure(ORIGINS)?, &image_file(origin.digest), origin)
     }
 
     /// Forgets where an image was imported from.
     pub fn remove_origin(&self, digest: Digest) -> Result<()> {
         match self.0.state.open(ORIGINS) {
             Err(error) if error.kind() == Kind::NotFound => Ok(()),
-            other => other?.unlink_if_there(file(digest)),
+            other => other?.unlink_if_there(image_file(digest)),
         }
     }
-}
-
-fn file(digest: Digest) -> String {
-    format!("{digest}.json")
 }
 
 #[cfg(test)]

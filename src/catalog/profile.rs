@@ -8,7 +8,7 @@ use uuid::Uuid;
 use super::{
     name::Digest,
     node::Node,
-    record::{self, FORMAT, RECORD_MAX},
+    record::{self, FORMAT, RECORD_MAX, image_file},
 };
 use crate::error::{Error, Kind, Result};
 
@@ -84,7 +84,7 @@ impl Node {
             Err(error) if error.kind() == Kind::NotFound => return Ok(None),
             other => other?,
         };
-        match record::read::<Profile>(&profiles, &file(digest)) {
+        match record::read::<Profile>(&profiles, &image_file(digest)) {
             Ok(profile) if profile.digest == digest => Ok(Some(profile)),
             Ok(_) => Err(Error::new(Kind::Corrupt, "it is of another image")),
             Err(error) if error.kind() == Kind::NotFound => Ok(None),
@@ -107,14 +107,14 @@ impl Node {
 
     /// Keeps a profile, in the place of an earlier one.
     pub fn record_profile(&self, profile: &Profile) -> Result<()> {
-        record::write(&self.0.state.ensure(PROFILES)?, &file(profile.digest), profile)
+        record::write(&self.0.state.ensure(PROFILES)?, &image_file(profile.digest), profile)
     }
 
     /// Forgets an image's profile. Whether there was one.
     pub fn remove_profile(&self, digest: Digest) -> Result<bool> {
         let profiles = self.0.state.ensure(PROFILES)?;
-        let there = profiles.stat(file(digest))?.is_some();
-        profiles.unlink_if_there(file(digest))?;
+        let there = profiles.stat(image_file(digest))?.is_some();
+        profiles.unlink_if_there(image_file(digest))?;
         Ok(there)
     }
 
@@ -131,10 +131,6 @@ impl Node {
     pub fn record_pins(&self, pins: Vec<Pin>) -> Result<()> {
         record::write(&self.0.state, PINS_JSON, &PinsRecord { format: FORMAT, pins })
     }
-}
-
-fn file(digest: Digest) -> String {
-    format!("{digest}.json")
 }
 
 #[cfg(test)]

@@ -150,6 +150,11 @@ struct Head {
     format: Option<u32>,
 }
 
+/// What a record of an image is called.
+pub(crate) fn image_file(digest: Digest) -> String {
+    format!("{digest}.json")
+}
+
 /// Reads the record `name` in `dir`.
 pub(crate) fn read<T: DeserializeOwned>(dir: &Dir, name: &str) -> Result<T> {
     parse(&dir.read(name, RECORD_MAX)?)
