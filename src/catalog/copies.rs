@@ -69,7 +69,7 @@ impl Node {
             !here.contains(&disk.id)
                 && !taken.iter().any(|other| other.media.fails_with(&disk.media))
         };
-        self.stage_where(disk, need, &|home| disk.is_some() || apart(home))
+        self.stage_where(disk, need, Some(digest), &|home| disk.is_some() || apart(home))
     }
 
     /// Publishes a staged copy of an image that is there.
@@ -101,10 +101,22 @@ impl Node {
         self.image_by_digest(digest)
     }
 
-    /// Gives up the copy of an image on a disk. Refused for the last one that serves; and, unless `anyhow`,
-    /// if fewer would be left than are wanted.
+    /// Gives up the copy of an image on a disk, or what is there of one that was interrupted. Refused for the
+    /// last one that serves; and, unless `anyhow`, if fewer would be left than are wanted.
     pub fn remove_copy_on(&self, image: &Name, disk: &Name, anyhow: bool) -> Result<()> {
         let within = |error: Error| error.within(format!("image {image}"));
+        let unfinished = {
+            let view = self.0.view();
+            let (digest, found) = view.image(image)?;
+            let home = view.disk(disk)?.usable()?.id;
+            let has_one = found.copies.iter().any(|copy| copy.disk == home);
+            (!has_one).then_some((home, digest))
+        };
+        if let Some((home, digest)) = unfinished
+            && self.0.drop_unfinished(home, Some(digest)).map_err(within)?
+        {
+            return Ok(());
+        }
         let (_claimed, (digest, home, others, refs, wanted)) =
             self.0.claim(format!("image {image}"), |view| {
                 let (digest, found) = view.image(image)?;

@@ -296,6 +296,9 @@ impl Node {
             Ok((wants, (slot.known.clone(), slot.here().cloned())))
         })?;
         self.0.write_known(|disks| disks.retain(|other| other.id != known.id))?;
+        if let Err(error) = self.0.drop_unfinished(known.id, None) {
+            tracing::warn!(disk = %known.name, %error, "an unfinished copy stays on it");
+        }
         {
             let mut view = self.0.view();
             view.disks.retain(|slot| slot.known.id != known.id);

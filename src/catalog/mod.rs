@@ -56,6 +56,7 @@ mod stage;
 mod status;
 mod steps;
 mod survey;
+mod unfinished;
 mod view;
 
 #[cfg(test)]
@@ -76,11 +77,10 @@ pub use origin::{Origin, Stamp};
 pub use profile::{Pin, Profile};
 pub use removed::{Buried, Removal};
 pub use replica::{NewReplica, OpenReplica, REPLICA_MAX, Removed};
-pub use scan::RESUME_JSON;
 pub use scrubbed::Scrubbed;
 pub use stage::{ImageMeta, StagedCopy};
 pub use status::{
     CopyState, CopyStatus, DiskState, DiskStatus, FsckReport, ImageStatus, ImageUser, NodeStatus,
-    Problem, ReplicaState, ReplicaStatus, UserState,
+    Problem, ReplicaState, ReplicaStatus, UnfinishedStatus, UserState,
 };
 pub use survey::{Outline, Survey};

@@ -20,6 +20,7 @@ use super::{
     replica,
     status::{
         CopyStatus, DiskState, DiskStatus, ImageStatus, NodeStatus, ReplicaState, ReplicaStatus,
+        UnfinishedStatus,
     },
     view::{Attachment, Image, Replica, Slot, View, listed},
 };
@@ -242,12 +243,19 @@ pub(super) fn image_status(view: &View, digest: Digest, image: &Image) -> ImageS
             stored_bytes: copy.found.stored,
         }
     });
+    let unfinished = view.unfinished.iter().filter(|it| it.digest == digest);
+    let unfinished = unfinished.map(|it| UnfinishedStatus {
+        disk: view.disk_name(it.disk).cloned().unwrap_or_else(Name::unknown),
+        done_bytes: it.done,
+        stored_bytes: it.stored,
+    });
     ImageStatus {
         names: image.names(),
         digest,
         size: oldest.map_or(0, |copy| copy.found.record.size),
         stored_bytes: image.copies.iter().map(|copy| copy.found.stored).sum(),
         copies: copies.collect(),
+        unfinished: unfinished.collect(),
         wanted_copies: image.wanted(),
         users: view.users(digest),
         created: oldest.map_or(0, |copy| copy.found.record.created),

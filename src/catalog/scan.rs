@@ -9,7 +9,6 @@
 use std::{
     collections::{BTreeMap, HashSet},
     ffi::{OsStr, OsString},
-    time::{Duration, SystemTime},
 };
 
 use nix::sys::stat::FileStat;
@@ -26,6 +25,7 @@ use super::{
     moves::Settlement,
     name::{Digest, Name, parse_id},
     record::{self, ImageRecord, RefRecord, ReplicaRecord},
+    unfinished::Unfinished,
 };
 use crate::error::{Error, Kind, Result};
 
@@ -33,10 +33,6 @@ use crate::error::{Error, Kind, Result};
 pub(crate) const STAGING: &str = ".staging-";
 /// Prefix of a directory that is being removed.
 pub(crate) const DELETING: &str = ".deleting-";
-/// The file by which an import says that it can go on after an interruption.
-pub const RESUME_JSON: &str = "resume.json";
-/// How long the rest of an interrupted import that can go on is kept.
-const RESUME_KEPT: Duration = Duration::from_secs(24 * 3600);
 
 /// Images, and replicas, that one disk may hold; the references of one copy.
 const OBJECTS_MAX: usize = 65_536;
@@ -50,6 +46,7 @@ pub(crate) struct Contents {
     pub replicas: Vec<ReplicaFound>,
     /// Replicas that are there and can't be understood.
     pub damaged: HashSet<Uuid>,
+    pub unfinished: Vec<Unfinished>,
     pub findings: Vec<Finding>,
 }
 
@@ -326,8 +323,13 @@ impl Scan<'_> {
         if (self.live)(&entry.name) || parent.stat(&entry.name)?.is_none() {
             return Ok(());
         }
-        if !is_resumable(parent, entry)? {
-            self.leftover(parent, &[place], entry);
+        let unfinished = match place {
+            IMAGES => Unfinished::read(self.disk, parent, entry)?,
+            _ => None,
+        };
+        match unfinished {
+            Some(unfinished) => self.contents.unfinished.push(unfinished),
+            None => self.leftover(parent, &[place], entry),
         }
         Ok(())
     }
@@ -377,18 +379,6 @@ impl Scan<'_> {
         let (object, what, remedy) = (object.to_string(), what.into(), remedy.into());
         self.contents.findings.push(Finding { object, what, remedy, mend });
     }
-}
-
-/// Whether an import may go on where it was interrupted, and still has the time.
-fn is_resumable(parent: &Dir, entry: &Entry) -> Result<bool> {
-    if entry.kind != EntryKind::Dir || !entry.name.to_string_lossy().starts_with(STAGING) {
-        return Ok(false);
-    }
-    let Some(stat) = parent.open(&entry.name)?.stat(RESUME_JSON)? else { return Ok(false) };
-    let written = SystemTime::UNIX_EPOCH
-        .checked_add(Duration::from_secs(u64::try_from(stat.st_mtime).unwrap_or(0)));
-    let age = written.and_then(|written| SystemTime::now().duration_since(written).ok());
-    Ok(age.is_some_and(|age| age < RESUME_KEPT))
 }
 
 fn file_fault(name: &str, stat: Option<&FileStat>, size: Option<u64>) -> Option<String> {

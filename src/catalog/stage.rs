@@ -1,7 +1,8 @@
 //! A copy that is being made, and how it becomes one.
 //!
 //! Invariants:
-//! - A staged copy is invisible, and gone when it is dropped or the process dies.
+//! - A staged copy is invisible, and gone when it is dropped or the process dies, unless its maker has noted
+//!   how far it is: then it is kept for who goes on with it (`unfinished`).
 //! - What becomes visible is whole and durable: content, checksums and record are synced before the
 //!   one rename that publishes them.
 //! - One content is one image: publishing a digest that is there already adds a name to it. A copy
@@ -10,10 +11,12 @@
 use std::{
     cmp::Reverse,
     ffi::OsString,
+    fs::File,
     path::{Path, PathBuf},
     sync::Arc,
 };
 
+use nix::fcntl::OFlag;
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
@@ -28,6 +31,7 @@ use super::{
     record::{self, FORMAT, ImageRecord, NAMES_MAX, RECORD_MAX, RefRecord, clip_source},
     scan::{self, STAGING, ref_file},
     status::ImageStatus,
+    unfinished::{self, RESUME_JSON},
     view::{Copy, Slot, View},
 };
 use crate::error::{Error, Kind, Result};
@@ -51,7 +55,7 @@ pub struct ImageMeta {
 }
 
 /// A copy that is being made: a private directory, into which the importer writes `data` and
-/// `chunks`. Dropping it removes all of it.
+/// `chunks`. Dropping it removes all of it, unless it was noted how far it is.
 pub struct StagedCopy {
     inner: Arc<Inner>,
     disk: Arc<Disk>,
@@ -60,6 +64,8 @@ pub struct StagedCopy {
     data: PathBuf,
     chunks: PathBuf,
     name: OsString,
+    /// How far it is, if somebody may go on with it.
+    noted: Option<(Digest, u64)>,
     /// Keeps the disk from being removed meanwhile.
     _claimed: Claimed,
 }
@@ -74,24 +80,26 @@ impl Node {
     /// others (a pool disk, unless it was set), then of the fastest tier, then the one with the most free
     /// space; never one with less than `need_bytes`.
     pub fn stage_copy(&self, disk: Option<&Name>, need_bytes: u64) -> Result<StagedCopy> {
-        self.stage_where(disk, need_bytes, &|_| true)
+        self.stage_where(disk, need_bytes, None, &|_| true)
     }
 
-    /// The same, among the disks that `suits`.
+    /// The same, among the disks that `suits`. A copy of the image `of` that was interrupted is gone on with;
+    /// its disk suits better than others of its kind and tier.
     pub(crate) fn stage_where(
         &self,
         disk: Option<&Name>,
         need_bytes: u64,
+        of: Option<Digest>,
         suits: &dyn Fn(&Disk) -> bool,
     ) -> Result<StagedCopy> {
         let disks: Vec<Candidate> = {
             let view = self.0.view();
             match disk {
-                Some(name) => vec![Candidate::of(view.disk(name)?, view.placement)?],
+                Some(name) => vec![Candidate::of(&view, view.disk(name)?, of)?],
                 None => view
                     .disks
                     .iter()
-                    .filter_map(|slot| Candidate::of(slot, view.placement).ok())
+                    .filter_map(|slot| Candidate::of(&view, slot, of).ok())
                     .filter(|candidate| suits(&candidate.disk))
                     .collect(),
             }
@@ -103,17 +111,20 @@ impl Node {
         }
         let (disk, name) = choose(disks, need_bytes)?;
         let wants: Vec<Want> = vec![(Object::Disk(disk.id), Mode::Shared)];
-        let staging = OsString::from(format!("{STAGING}{}", Uuid::new_v4()));
         let (claimed, ()) = self.0.claim(format!("disk {name}"), |view| {
             view.disk(&name)?.usable()?;
             Ok((wants.clone(), ()))
         })?;
-        self.0.view().live.insert(staging.clone());
-        let dir = match disk.images.create(&staging) {
-            Ok(dir) => dir,
-            Err(error) => {
-                self.0.view().live.remove(&staging);
-                return Err(error.within(format!("disk {name}")));
+        let (staging, dir, noted) = match of.and_then(|digest| self.0.go_on(&disk, digest)) {
+            Some((staging, dir, noted)) => (staging, dir, Some(noted)),
+            None => {
+                let staging = OsString::from(format!("{STAGING}{}", Uuid::new_v4()));
+                self.0.view().live.insert(staging.clone());
+                let dir = disk.images.create(&staging).map_err(|error| {
+                    self.0.view().live.remove(&staging);
+                    error.within(format!("disk {name}"))
+                })?;
+                (staging, dir, None)
             }
         };
         Ok(StagedCopy {
@@ -124,6 +135,7 @@ impl Node {
             chunks: dir.path().join(CHUNKS),
             dir,
             name: staging,
+            noted,
             _claimed: claimed,
         })
     }
@@ -145,6 +157,30 @@ impl StagedCopy {
         &self.chunks
     }
 
+    /// The content, to be written: what an earlier try has left, or nothing yet.
+    pub fn open_data(&self) -> Result<File> {
+        self.dir.file(DATA, OFlag::O_RDWR | OFlag::O_CREAT)
+    }
+
+    /// The image's bytes before this offset were copied by an earlier try, or it seems so: whoever goes on
+    /// compares them.
+    pub fn found(&self) -> u64 {
+        self.noted.map_or(0, |(_, done)| done)
+    }
+
+    /// Says that the image's bytes before `done` are copied and durable. From now on it is kept, should its
+    /// making be interrupted.
+    pub fn note(&mut self, digest: Digest, done: u64) -> Result<()> {
+        unfinished::note(&self.dir, digest, done)?;
+        self.noted = Some((digest, done));
+        Ok(())
+    }
+
+    /// What is here is not worth going on with.
+    pub fn give_up(&mut self) {
+        self.noted = None;
+    }
+
     /// The disk that it is made on.
     pub fn disk(&self) -> &Name {
         &self.disk_name
@@ -156,9 +192,11 @@ impl StagedCopy {
 
     /// Makes it visible as one more copy of an image whose record and references these are. The caller has
     /// claimed the image.
-    pub(crate) fn publish_beside(self, record: &ImageRecord, refs: &[RefRecord]) -> Result<()> {
+    pub(crate) fn publish_beside(mut self, record: &ImageRecord, refs: &[RefRecord]) -> Result<()> {
         let name = record.names.first().map_or_else(|| record.digest.to_string(), Name::to_string);
         self.seal(&name, record.size)?;
+        self.dir.unlink_if_there(RESUME_JSON)?;
+        self.give_up();
         self.appear(record, refs).map_err(|error| error.within(format!("image {name}")))
     }
 
@@ -287,6 +325,9 @@ impl StagedCopy {
 
 impl Drop for StagedCopy {
     fn drop(&mut self) {
+        if let Some((digest, done)) = self.noted {
+            return self.inner.leave(&self.disk, &self.name, digest, done);
+        }
         if let Err(error) = self.disk.images.remove_tree(&self.name) {
             tracing::warn!(disk = %self.disk_name, %error, "an unfinished copy stays until fsck");
         }
@@ -310,22 +351,30 @@ struct Candidate {
     disk: Arc<Disk>,
     name: Name,
     /// The lower, the better it suits, whatever its free space.
-    rank: (bool, Tier),
+    rank: (bool, Tier, bool),
+    /// Bytes of what is to be put there that are there already.
+    stored: u64,
 }
 
 impl Candidate {
-    fn of(slot: &Slot, placement: Placement) -> Result<Candidate> {
+    /// The disk of a slot, for a copy of the image `of`.
+    fn of(view: &View, slot: &Slot, of: Option<Digest>) -> Result<Candidate> {
         let disk = slot.takes_new()?.clone();
-        let unlike = slot.is_pool() != (placement == Placement::Pool);
-        let rank = (unlike, slot.tier().unwrap_or(Tier::Ssd));
-        Ok(Candidate { disk, name: slot.known.name.clone(), rank })
+        let unlike = slot.is_pool() != (view.placement == Placement::Pool);
+        let begun = view.unfinished.iter();
+        let stored = begun.filter(|it| it.disk == disk.id && Some(it.digest) == of);
+        let stored = stored.map(|it| it.stored).max();
+        let rank = (unlike, slot.tier().unwrap_or(Tier::Ssd), stored.is_none());
+        let stored = stored.unwrap_or(0);
+        Ok(Candidate { disk, name: slot.known.name.clone(), rank, stored })
     }
 }
 
 fn choose(disks: Vec<Candidate>, need: u64) -> Result<(Arc<Disk>, Name)> {
     let mut found = Vec::new();
     let mut refused = None;
-    for Candidate { disk, name, rank } in disks {
+    for Candidate { disk, name, rank, stored } in disks {
+        let need = need.saturating_sub(stored);
         match disk.home.space() {
             Ok(space) if !space.read_only && space.free >= need => {
                 found.push((rank, Reverse(space.free), name, disk));

@@ -93,6 +93,17 @@ pub struct CopyStatus {
     pub stored_bytes: u64,
 }
 
+/// A copy whose making was interrupted.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct UnfinishedStatus {
+    /// Its disk.
+    pub disk: Name,
+    /// The image's bytes before this offset were copied.
+    pub done_bytes: u64,
+    /// Space that it takes.
+    pub stored_bytes: u64,
+}
+
 /// An image.
 #[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
 pub struct ImageStatus {
@@ -106,6 +117,8 @@ pub struct ImageStatus {
     pub stored_bytes: u64,
     /// Where it is.
     pub copies: Vec<CopyStatus>,
+    /// Copies whose making was interrupted, and that can be gone on with.
+    pub unfinished: Vec<UnfinishedStatus>,
     /// How many copies are wanted, if somebody said; the node's default counts otherwise.
     pub wanted_copies: Option<u32>,
     /// The replicas that stand on it.

@@ -27,6 +27,7 @@ use super::{
     removed::{Buried, RemovedRecord},
     scan::{Contents, CopyFound, Reference, ReplicaFound},
     status::{CopyState, ImageUser, UserState},
+    unfinished::Unfinished,
 };
 use crate::error::{Error, Kind, Result};
 
@@ -44,6 +45,8 @@ pub(crate) struct View {
     pub placement: Placement,
     /// Staging directories that somebody is at work in.
     pub live: HashSet<OsString>,
+    /// Copies whose making was interrupted.
+    pub unfinished: Vec<Unfinished>,
     /// What is to go from disks that are away, once they return.
     pub removed: BTreeMap<Uuid, RemovedRecord>,
     /// What has gone from disks that have returned, to be told.
@@ -136,7 +139,6 @@ impl Slot {
         matches!(&self.at, Attachment::Here(_, record) if record.draining)
     }
 
-    /// Whether it takes images only.
     /// How fast it is, if it is there and that is known.
     pub(crate) fn tier(&self) -> Option<Tier> {
         match &self.at {
@@ -145,6 +147,7 @@ impl Slot {
         }
     }
 
+    /// Whether it takes images only.
     pub(crate) fn is_pool(&self) -> bool {
         matches!(&self.at, Attachment::Here(_, record) if record.pool)
     }
@@ -333,6 +336,7 @@ impl View {
         for ReplicaFound { record, fault } in contents.replicas {
             self.put_found(Replica { disk, record, fault });
         }
+        self.unfinished.extend(contents.unfinished);
         self.damaged.extend(contents.damaged.into_iter().map(|id| (id, disk)));
         self.promote_spares();
         self.index();
@@ -378,6 +382,7 @@ impl View {
         self.images.retain(|_, image| !image.copies.is_empty());
         self.replicas.retain(|_, replica| replica.disk != disk);
         self.spares.retain(|replica| replica.disk != disk);
+        self.unfinished.retain(|unfinished| unfinished.disk != disk);
         self.damaged.retain(|_, at| *at != disk);
     }
 

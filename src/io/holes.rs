@@ -1,9 +1,10 @@
-//! Where a file holds data, as its file system tells.
+//! Where a file holds data, as its file system tells; and taking it away.
 
 use std::{fs::File, io, ops::Range};
 
 use nix::{
     errno::Errno,
+    fcntl::{FallocateFlags, fallocate},
     unistd::{Whence, lseek},
 };
 
@@ -36,4 +37,13 @@ pub fn next_data(file: &File, offset: u64, end: u64) -> io::Result<Option<Range<
     };
     // A file that shrinks meanwhile must not make the caller go round in circles.
     Ok((stop > start).then_some(start..stop))
+}
+
+/// Makes a hole of a range of a file, whose length stays.
+pub fn punch(file: &File, range: Range<u64>) -> io::Result<()> {
+    let invalid = |_| io::Error::from(io::ErrorKind::InvalidInput);
+    let start = i64::try_from(range.start).map_err(invalid)?;
+    let len = i64::try_from(range.end.saturating_sub(range.start)).map_err(invalid)?;
+    let mode = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
+    Ok(fallocate(file, mode, start, len)?)
 }

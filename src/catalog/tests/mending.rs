@@ -5,7 +5,6 @@ use std::{
     os::unix::fs::PermissionsExt,
     sync::atomic::{AtomicBool, Ordering},
     thread,
-    time::{Duration, SystemTime},
 };
 
 use super::{
@@ -129,21 +128,6 @@ fn leftovers_go_and_work_under_way_stays() {
         assert!(!place.exists(), "{place:?}");
     }
     staged.publish(meta("fresh", b"under way")).unwrap();
-}
-
-#[test]
-fn an_import_that_can_go_on_is_kept_for_a_day() {
-    let bench = start();
-    let staging = bench.home("a").join("images/.staging-1");
-    fs::create_dir(&staging).unwrap();
-    fs::write(staging.join("data"), "half").unwrap();
-    fs::write(staging.join(crate::catalog::RESUME_JSON), "{}").unwrap();
-    assert!(told(&bench).is_empty());
-    assert!(staging.join("data").exists());
-    let resume = fs::File::open(staging.join(crate::catalog::RESUME_JSON)).unwrap();
-    resume.set_modified(SystemTime::now() - Duration::from_secs(25 * 3600)).unwrap();
-    drop(bench.open());
-    assert!(!staging.exists());
 }
 
 #[test]

@@ -11,6 +11,7 @@ mod power;
 mod removed;
 mod scale;
 mod scenario;
+mod unfinished;
 
 use std::{
     fs,

@@ -322,7 +322,8 @@ fn a_power_cut_while_a_disk_returns_brings_nothing_back() {
     println!("{cuts} cuts");
 }
 
-/// Takes into the model the files that an importer has written by itself into a staging directory.
+/// Takes into the model the files that an importer has written by itself into a staging directory: what it has
+/// written anew counts as another file, whose content is not synced.
 fn adopt_foreign(model: &mut Model, root: &Path, changes: &mut Vec<Change>) {
     let staging: Vec<_> =
         tree(root).into_iter().filter(|file| file.contains("/images/.staging-")).collect();
@@ -331,8 +332,16 @@ fn adopt_foreign(model: &mut Model, root: &Path, changes: &mut Vec<Change>) {
         let known = path.strip_prefix(root).unwrap().iter().try_fold(0, |dir, name| {
             model.names.get(&dir).and_then(|names| names.get(name)).copied()
         });
-        if known.is_none() && path.is_file() {
-            let inode = model.inode(Content::File(fs::read(&path).unwrap()));
+        if !path.is_file() {
+            continue;
+        }
+        let bytes = fs::read(&path).unwrap();
+        let is_same = |inode: Inode| match &model.inodes[inode] {
+            Content::File(known) => *known == bytes,
+            Content::Hole(_) | Content::Dir => true,
+        };
+        if !known.is_some_and(is_same) {
+            let inode = model.inode(Content::File(bytes));
             let (dir, name) = model.place(&path);
             let change = Change::Add { dir, name, inode };
             apply(&mut model.names, &change);
