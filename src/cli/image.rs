@@ -113,9 +113,12 @@ pub struct Copies {
     name: Name,
 }
 
-/// Make one more copy of an image, while it is in use; from then on so many copies are kept.
+/// Make one more copy of an image, while it is in use; from then on so many copies are kept. Interrupted, it
+/// goes on the next time from where it was, for a day.
 #[derive(Debug, Args)]
-#[command(after_help = "Example:\n  underlay image copy debian-12 --to nvme1")]
+#[command(after_help = "Examples:\n  \
+    underlay image copy debian-12 --to nvme1\n  \
+    underlay image copy debian-12 --to nvme1 --rate 50M")]
 pub struct CopyTo {
     /// The image's name or digest.
     #[arg(value_parser = super::name)]
@@ -126,9 +129,12 @@ pub struct CopyTo {
     /// Also on a disk that fails together with one that has a copy.
     #[arg(long)]
     force: bool,
+    /// Bytes a second that are copied, at most, as 50M; no bound otherwise.
+    #[arg(long, value_name = "SIZE", value_parser = super::bytes)]
+    rate: Option<u64>,
 }
 
-/// Give up the copy of an image on a disk. The last one is refused.
+/// Give up the copy of an image on a disk, or what is there of one that was interrupted. The last one is refused.
 #[derive(Debug, Args)]
 #[command(after_help = "Example:\n  underlay image uncopy debian-12 --from nvme1 --force")]
 pub struct Uncopy {
@@ -223,8 +229,9 @@ impl Image {
                 let image: ImageView = client.get(&path_of(&name)).await?;
                 setting.show(&image, copies)?;
             }
-            Image::Copy(CopyTo { name, to, force }) => {
-                let wish = MakeCopies { copies: None, to: Some(to.to_string()), force };
+            Image::Copy(CopyTo { name, to, force, rate }) => {
+                let to = Some(to.to_string());
+                let wish = MakeCopies { copies: None, to, force, rate_bytes: rate };
                 setting.show(&make_copies(&client, &name, &wish).await?, copies)?;
             }
             Image::Set(Set { name, copies: count }) => {
@@ -298,6 +305,18 @@ fn copies(image: &ImageView) -> String {
             size::format(copy.stored_bytes),
             copy.path.display().to_string(),
         ]);
+    }
+    let unknown = || "-".to_owned();
+    for making in &image.making {
+        let (done, all) = (size::format(making.done_bytes), size::format(making.total_bytes));
+        let state = format!("being made: {done} of {all} ({})", making.why);
+        table.row([making.disk.to_string(), state, unknown(), unknown()]);
+    }
+    for unfinished in &status.unfinished {
+        let done = size::format(unfinished.done_bytes);
+        let state = format!("interrupted at {done}: `underlay image copy` goes on");
+        let stored = size::format(unfinished.stored_bytes);
+        table.row([unfinished.disk.to_string(), state, stored, unknown()]);
     }
     let wanted = match status.wanted_copies {
         Some(count) => format!("{count} wanted"),

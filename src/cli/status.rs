@@ -60,6 +60,14 @@ fn totals(status: &api::Status) -> String {
     for api::DiskTrouble { disk, trouble } in &status.troubles {
         pairs.push(("in trouble", format!("disk {disk} is {}", trouble.name())));
     }
+    for image in &status.images {
+        let called = image.status.names.first().map_or("?", |name| name.as_str());
+        for making in &image.making {
+            let (done, all) = (size::format(making.done_bytes), size::format(making.total_bytes));
+            let made = format!("image {called} on disk {}: {done} of {all}", making.disk);
+            pairs.push(("copying", made));
+        }
+    }
     if let Some(scrub) = &status.scrub {
         let (done, all) = (size::format(scrub.done_bytes), size::format(scrub.total_bytes));
         let image: String = scrub.image.chars().take(12).collect();

@@ -97,6 +97,21 @@ pub struct ImageView {
     pub status: ImageStatus,
     /// The clients that read it now.
     pub clients: Vec<String>,
+    /// The copies of it that are being made.
+    pub making: Vec<MakingView>,
+}
+
+/// A copy that is being made.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct MakingView {
+    /// The disk that it is made on.
+    pub disk: Name,
+    /// Bytes of the image that are done.
+    pub done_bytes: u64,
+    /// Bytes of the image.
+    pub total_bytes: u64,
+    /// Why it is made.
+    pub why: String,
 }
 
 /// A replica to create.
@@ -299,21 +314,8 @@ pub struct Status {
     pub signal: SignalView,
     /// Disks whose copies are read only where no other can answer.
     pub troubles: Vec<DiskTrouble>,
-    /// The copy that is being made because fewer are there than wanted.
-    pub rebuild: Option<RebuildView>,
     /// The copy that is being scrubbed.
     pub scrub: Option<ScrubView>,
-}
-
-/// A copy that is being made.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
-pub struct RebuildView {
-    /// The image's digest.
-    pub image: String,
-    /// Bytes of the image that are done.
-    pub done_bytes: u64,
-    /// Bytes of the image.
-    pub total_bytes: u64,
 }
 
 /// Copies to be made: one on a disk, or so many in all.
@@ -327,6 +329,8 @@ pub struct MakeCopies {
     /// Also on a disk that fails together with one that has a copy.
     #[serde(default)]
     pub force: bool,
+    /// Bytes a second that are copied, at most; none, or 0, for no bound.
+    pub rate_bytes: Option<u64>,
 }
 
 /// How a copy is to be given up.

@@ -35,7 +35,6 @@ pub struct Keeping {
     copying: Copying,
     wanted: Wanted,
     rate: u64,
-    now: Mutex<Option<Rebuild>>,
     /// The disks as they were at the last look.
     disks: Mutex<HashMap<Name, DiskState>>,
     stop: Arc<AtomicBool>,
@@ -53,29 +52,15 @@ pub struct Wanted {
     pub placement: Placement,
 }
 
-/// A copy that is being made.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Rebuild {
-    /// Of which image.
-    pub digest: Digest,
-    /// Bytes of the image that are done, and in all.
-    pub done: (u64, u64),
-}
-
 impl Keeping {
     /// Begins to keep copies; what is lost is waited for so long.
     pub fn start(copying: Copying, wanted: Wanted, patience: Duration, rate: u64) -> Arc<Keeping> {
-        let (now, disks, stop) = Default::default();
+        let (disks, stop) = Default::default();
         let (made, removed, failed) = Default::default();
         let keeping =
-            Arc::new(Keeping { copying, wanted, rate, now, disks, stop, made, removed, failed });
+            Arc::new(Keeping { copying, wanted, rate, disks, stop, made, removed, failed });
         tokio::spawn(keep_for_ever(Arc::downgrade(&keeping), Keeper::new(patience)));
         keeping
-    }
-
-    /// What is being made right now.
-    pub fn now(&self) -> Option<Rebuild> {
-        self.now.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
     /// Copies that were made, removed, and could not be made.
@@ -95,18 +80,18 @@ impl Keeping {
 
     /// Sees to it that the copies of each image say the same, and tells what there is.
     fn look(&self) -> BTreeMap<Digest, Held> {
-        let node = &self.copying.node;
+        let node = self.copying.node();
         let disks = node.disks();
         self.tell_disks(&disks);
         let troubles: HashMap<String, Trouble> = self
             .copying
-            .bases
+            .bases()
             .disks()
             .iter()
             .filter_map(|disk| Some((disk.name().to_owned(), disk.trouble()?)))
             .collect();
         let trouble = |name: &Name| troubles.get(name.as_str()).copied();
-        let open: HashMap<_, _> = self.copying.bases.all().into_iter().collect();
+        let open: HashMap<_, _> = self.copying.bases().all().into_iter().collect();
         let mut images = BTreeMap::new();
         for image in node.images() {
             if let Err(error) = node.align_copies(image.digest) {
@@ -146,8 +131,6 @@ impl Keeping {
             Action::Make => {
                 let own = self.clone();
                 let made = blocking(move || {
-                    let report =
-                        |done, all| own.set_now(Some(Rebuild { digest, done: (done, all) }));
                     own.copying.make(&Order {
                         digest,
                         disk: None,
@@ -155,17 +138,16 @@ impl Keeping {
                         why: "fewer were there than wanted",
                         rate: Some(own.rate),
                         cancel: &own.stop,
-                        report: &report,
+                        report: &|_, _| {},
                     })
                 })
                 .await;
-                self.set_now(None);
                 let counter = if made.is_ok() { &self.made } else { &self.failed };
                 counter.fetch_add(1, Ordering::Relaxed);
                 made?;
             }
             Action::Remove(disk) => {
-                let node = self.copying.node.clone();
+                let node = self.copying.node().clone();
                 let others = blocking(move || Ok(node.ready_copies(digest))).await?;
                 for (other, _) in others.iter().filter(|(other, _)| *other != disk) {
                     if !self.copying.is_sound(digest, other).await? {
@@ -173,14 +155,14 @@ impl Keeping {
                         return Err(Error::new(Kind::Corrupt, what));
                     }
                 }
-                let (node, from) = (self.copying.node.clone(), disk.clone());
+                let (node, from) = (self.copying.node().clone(), disk.clone());
                 blocking(move || node.remove_copy_on(&digest.to_string().parse()?, &from, false))
                     .await?;
                 self.removed.fetch_add(1, Ordering::Relaxed);
                 let message =
                     format!("its copy on disk {disk} was removed: there were more than wanted");
                 let details = json!({ "digest": digest, "disk": disk, "why": "surplus" });
-                let bases = &self.copying.bases;
+                let bases = self.copying.bases();
                 bases.events().tell(Happened::CopyRemoved, bases.called(digest), message, details);
             }
         }
@@ -190,7 +172,7 @@ impl Keeping {
     /// Tells which disks have vanished or returned since the last look.
     fn tell_disks(&self, disks: &[DiskStatus]) {
         let mut known = self.disks.lock().unwrap_or_else(PoisonError::into_inner);
-        let events = self.copying.bases.events();
+        let events = self.copying.bases().events();
         for disk in disks {
             let before = known.get(&disk.name).copied();
             let object = format!("disk {}", disk.name);
@@ -207,7 +189,7 @@ impl Keeping {
                 }
             }
         }
-        for Buried { disk, what, kept } in self.copying.node.take_buried() {
+        for Buried { disk, what, kept } in self.copying.node().take_buried() {
             let while_away = "removed while the disk was away";
             match (what, kept) {
                 (Removal::Copy(digest), None) => {
@@ -218,7 +200,7 @@ impl Keeping {
                 (Removal::Copy(digest), Some(why)) => {
                     let message = format!("its copy on disk {disk} stays, {while_away}: {why}");
                     let details = json!({ "digest": digest, "disk": disk, "why": why });
-                    let object = self.copying.bases.called(digest);
+                    let object = self.copying.bases().called(digest);
                     events.tell(Happened::CopyKept, object, message, details);
                 }
                 (Removal::Replica(id), _) => {
@@ -239,12 +221,8 @@ impl Keeping {
     fn tell_short(&self, digest: Digest, error: &Error) {
         let message = format!("its copies are not as many as are wanted: {error}");
         let details = json!({ "digest": digest, "error": error.kind() });
-        let bases = &self.copying.bases;
+        let bases = self.copying.bases();
         bases.events().tell(Happened::CopyMissing, bases.called(digest), message, details);
-    }
-
-    fn set_now(&self, now: Option<Rebuild>) {
-        *self.now.lock().unwrap_or_else(PoisonError::into_inner) = now;
     }
 }
 
@@ -260,6 +238,9 @@ async fn keep_for_ever(keeping: Weak<Keeping>, mut keeper: Keeper) {
         }
         let own = keeping.clone();
         let Ok(images) = blocking(move || Ok(own.look())).await else { continue };
+        let node = keeping.copying().node().clone();
+        // By itself: it may have to wait for a disk.
+        tokio::task::spawn_blocking(move || node.sweep_unfinished());
         let passed = std::mem::replace(&mut looked, Instant::now()).elapsed();
         paused.retain(|_, since| since.elapsed() < PAUSE);
         for (digest, action) in keeper.tick(passed, &images) {

@@ -26,7 +26,7 @@ use crate::{
         attachments::{Attachments, Links, Servers},
         bases::Bases,
         config::Config,
-        copying::Copying,
+        copying::{Copying, Making},
         events::{Events, Happened},
         export::{self, Export, ImportOverlay},
         exports::{Exports, IMAGE, REPLICA},
@@ -108,7 +108,7 @@ impl Service {
         let period = Duration::from_secs(config.scrub_days * 24 * 3600);
         let rate = config.scrub_mib << 20;
         let scrub = Scrub::start(node.clone(), bases.clone(), rings.clone(), period, rate);
-        let copying = Copying { node: node.clone(), bases, rings: rings.clone() };
+        let copying = Copying::new(node.clone(), bases, rings.clone());
         let patience = Duration::from_secs(config.rebuild_after_seconds);
         let wanted = Wanted {
             copies: u32::try_from(config.copies).unwrap_or(1),
@@ -222,11 +222,6 @@ impl Service {
             attachments: self.attachments.list(),
             signal: self.promotion.signal(),
             troubles: self.troubles(),
-            rebuild: self.keeping.now().map(|now| RebuildView {
-                image: now.digest.to_string(),
-                done_bytes: now.done.0,
-                total_bytes: now.done.1,
-            }),
             scrub: self.scrub.now().map(|now| ScrubView {
                 image: now.digest.to_string(),
                 disk: now.disk,
@@ -319,7 +314,12 @@ impl Service {
         let clients = |name: &Name| self.server.clients(&format!("{IMAGE}{name}"));
         let mut clients: Vec<_> = status.names.iter().flat_map(clients).collect();
         clients.extend(self.attachments.devices(Target::Image(status.digest)));
-        ImageView { clients, status }
+        let making = self.keeping.copying().under_way().into_iter();
+        let making = making.filter(|making| making.digest == status.digest);
+        let making = making.map(|Making { disk, done: (done_bytes, total_bytes), why, .. }| {
+            MakingView { disk, done_bytes, total_bytes, why }
+        });
+        ImageView { clients, making: making.collect(), status }
     }
 
     /// Prepares an import: what is wrong with the request itself is told before any content is read.
@@ -401,7 +401,14 @@ impl Service {
             Ok(digest)
         })
         .await?;
-        Ok(Copies { service: self.clone(), name, digest, disk, anyhow: wish.force })
+        Ok(Copies {
+            service: self.clone(),
+            name,
+            digest,
+            disk,
+            anyhow: wish.force,
+            rate: wish.rate_bytes.filter(|rate| *rate > 0),
+        })
     }
 
     /// Gives up the copy of an image on a disk.

@@ -120,6 +120,8 @@ pub struct Copies {
     /// The disk for one more; otherwise as many as are wanted.
     pub(super) disk: Option<Name>,
     pub(super) anyhow: bool,
+    /// Bytes a second at most.
+    pub(super) rate: Option<u64>,
 }
 
 impl Copies {
@@ -145,7 +147,7 @@ impl Copies {
                 digest: self.digest,
                 disk,
                 anyhow: self.anyhow,
-                rate: None,
+                rate: self.rate,
                 why: "asked for",
                 cancel: job.cancel(),
                 report: &report,
