@@ -29,6 +29,8 @@ use crate::{pattern, setup};
 const SIZE: u64 = 96 << 20;
 /// Size of a disk, in bytes.
 const DISK: u64 = 256 << 20;
+/// After how much of a copy in the making the daemon notes how far it is, in bytes.
+const NOTED: u64 = 64 << 20;
 /// Every read anywhere.
 const EVERYWHERE: Aim = Aim { hot: 1, share: 0 };
 /// Readers at one time.
@@ -82,7 +84,7 @@ impl Node {
         let c = LoopDisk::new(&dir, "c", DISK, Fs::Ext4)?;
         // Nothing is promoted: reads are to come from the copies.
         let settings = "image_io = \"direct\"\ncache_percent = 0\nprobes = false\nthreads = 1\n\
-                        clean_seconds = 3\nrebuild_after_seconds = 4\n";
+                        clean_seconds = 3\nrebuild_after_seconds = 4\nrebuild_mib = 24\n";
         let daemon = Daemon::start(lab, &dir, name, Profile::Debug, settings)?;
         for (path, name) in [(&a.path, "a"), (&b.path, "b"), (&c.path, "c")] {
             daemon.ok(&["disk", "add", text(path)?, "--name", name, "--tier=ssd"])?;
@@ -272,7 +274,8 @@ fn pulled(lab: &Lab) -> Result<String> {
     Ok(told)
 }
 
-/// A's device vanishes; its copy is made anew on C. When A is back, one of the three goes.
+/// A's device vanishes; its copy is made anew on C, over a kill of the daemon. When A is back, one of the three
+/// goes.
 fn rebuilt(lab: &Lab) -> Result<String> {
     let node = Node::new(lab, "rebuilt", 2)?;
     let load = node.load()?;
@@ -293,12 +296,30 @@ fn rebuilt(lab: &Lab) -> Result<String> {
     };
     let Node { mut daemon, content, dir, mut a, _b, _c } = node;
     a.pull()?;
-    let took = until(&daemon, "underlay_copies_made_total")?;
+    let pulled = Instant::now();
+    loop {
+        let image = daemon.json(&["image", "inspect", "base"])?;
+        if image["making"][0]["done_bytes"].as_u64() > Some(NOTED) {
+            break;
+        }
+        let limit = Duration::from_secs(60);
+        ensure!(pulled.elapsed() < limit, "no copy is made: {}", daemon.log_text());
+        thread::sleep(Duration::from_millis(50));
+    }
+    load.end()?;
+    daemon.kill()?;
+    drop(a);
+    daemon.restart()?;
+    until(&daemon, "underlay_copies_made_total")?;
+    let took = pulled.elapsed();
     let after = copies(&daemon)?;
     ensure!(after.contains(&"c".to_owned()), "the copies are on {after:?}");
-    load.end()?;
+    let events = daemon.json(&["events"])?;
+    let made =
+        events["events"].as_array().into_iter().flatten().find(|it| it["kind"] == "copy_made");
+    let resumed = made.and_then(|it| it["details"]["resumed_at"].as_u64()).unwrap_or(0);
+    ensure!(resumed >= NOTED, "it was begun anew: {made:?}");
     daemon.stop()?;
-    drop(a);
     let _back = SlowDisk::plug(&dir, "a")?;
     daemon.restart()?;
     until(&daemon, "underlay_copies_removed_total")?;
@@ -309,7 +330,10 @@ fn rebuilt(lab: &Lab) -> Result<String> {
     daemon.ok(&["image", "verify", "base"])?;
     daemon.ok(&["fsck"])?;
     daemon.stop()?;
-    Ok(format!("another was made after {:.0} s; then left on {left:?}", took.as_secs_f64()))
+    let (took, resumed) = (took.as_secs_f64(), resumed >> 20);
+    Ok(format!(
+        "another was made after {took:.0} s, gone on with at {resumed} MiB; then left on {left:?}"
+    ))
 }
 
 /// The only copy hangs: who needs it waits, and nobody else.
