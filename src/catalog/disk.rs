@@ -76,8 +76,7 @@ impl Disk {
             Ok(home) => home,
             Err(error) if error.kind() == Kind::NotFound => {
                 return Err(missing(format!(
-                    "nothing of it is found at {}: mount its file system, then `underlay disk add` \
-                     it again",
+                    "nothing of it is found at {}: mount its file system, and it is taken in by itself",
                     known.path.display()
                 )));
             }

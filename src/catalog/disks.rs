@@ -19,7 +19,7 @@ use super::{
     disk::{DISK_JSON, Disk},
     media::Tier,
     name::Name,
-    node::{DISKS_JSON, DISKS_MAX, Inner, Node, open_disk, scan_and_clean},
+    node::{DISKS_JSON, DISKS_MAX, Inner, Node, Opened, open_disk, scan_and_clean},
     record::{self, DiskRecord, DisksRecord, FORMAT, KnownDisk},
     status::{CopyState, DiskState, DiskStatus, UserState},
     view::{Attachment, Copy, Slot, View, listed},
@@ -91,17 +91,18 @@ impl Node {
         if let Some(name) = &options.name {
             name.for_new()?;
         }
-        let wants = vec![(Object::Catalogue, Mode::Shared), (Object::Disks, Mode::Alone)];
         let (_claimed, here) = self.0.claim("the list of disks", |view| {
             let here = view.disks.iter().find(|slot| slot.known.path == path);
             check_apart(view, &path)?;
-            Ok((wants.clone(), here.map(|slot| (slot.known.clone(), slot.here().is_some()))))
+            let mut wants = vec![(Object::Catalogue, Mode::Shared), (Object::Disks, Mode::Alone)];
+            wants.extend(away(here).map(|id| (Object::Disk(id), Mode::Alone)));
+            Ok((wants, here.map(|slot| (slot.known.clone(), slot.here().is_some()))))
         })?;
         match here {
             Some((known, true)) => self.change_disk(&known, &options),
             Some((known, false)) => {
                 self.check_name(&known, &options)?;
-                let mut opened = open_disk(&known, self.0.steps.clone());
+                let opened = open_disk(&known, self.0.steps.clone());
                 if let Err(absence) = &opened {
                     let kind = match absence.state {
                         DiskState::Locked => Kind::Locked,
@@ -112,16 +113,43 @@ impl Node {
                     self.0.settle(known, opened);
                     return Err(Error::new(kind, format!("disk {name}: {reason}")));
                 }
-                if let Ok((disk, _, contents)) = &mut opened {
-                    self.bury_returned(&known.name, disk, contents);
-                }
-                self.0.settle(known.clone(), opened);
-                self.strike_what_is_there();
-                self.settle_moves();
+                self.take_in(&known, opened);
                 self.change_disk(&known, &options)
             }
             None => self.new_disk(path, &options),
         }
+    }
+
+    /// Looks whether disks that are away have returned, and takes those in that have. Waits for disks that
+    /// hang; nobody else does meanwhile.
+    pub fn take_back(&self) {
+        let all: Vec<Uuid> =
+            self.0.view().disks.iter().filter_map(|slot| away(Some(slot))).collect();
+        for id in all {
+            let known = self.0.claim("a disk that is away", |view| {
+                let slot = view.slot(id).filter(|slot| away(Some(slot)).is_some());
+                let wants = slot.map(|slot| (Object::Disk(slot.known.id), Mode::Alone));
+                Ok((wants.into_iter().collect(), slot.map(|slot| slot.known.clone())))
+            });
+            let Ok((_claimed, Some(known))) = known else { continue };
+            // Before the list of disks is claimed: that may take as long as it likes.
+            let Ok(opened) = open_disk(&known, self.0.steps.clone()) else { continue };
+            let wants = vec![(Object::Catalogue, Mode::Shared), (Object::Disks, Mode::Alone)];
+            match self.0.claim("the list of disks", |_| Ok((wants.clone(), ()))) {
+                Ok(_claimed) => self.take_in(&known, Ok(opened)),
+                Err(error) => tracing::debug!(disk = %known.name, %error, "it has returned"),
+            }
+        }
+    }
+
+    /// Takes a disk in that was away; the caller has claimed the list of disks.
+    fn take_in(&self, known: &KnownDisk, mut opened: Opened) {
+        if let Ok((disk, _, contents)) = &mut opened {
+            self.bury_returned(&known.name, disk, contents);
+        }
+        self.0.settle(known.clone(), opened);
+        self.strike_what_is_there();
+        self.settle_moves();
     }
 
     /// Adds a disk at a path where the node knows none.
@@ -394,6 +422,11 @@ fn disk_users(view: &View, slot: &Slot) -> Vec<String> {
         }
     }
     users
+}
+
+/// Which disk that is, if it isn't there.
+fn away(slot: Option<&Slot>) -> Option<Uuid> {
+    slot.filter(|slot| slot.here().is_none()).map(|slot| slot.known.id)
 }
 
 /// Refuses a path inside another disk, or around it.

@@ -38,6 +38,8 @@ pub struct Keeping {
     /// The disks as they were at the last look.
     disks: Mutex<HashMap<Name, DiskState>>,
     stop: Arc<AtomicBool>,
+    /// Whether somebody is at it.
+    tidies: AtomicBool,
     made: AtomicU64,
     removed: AtomicU64,
     failed: AtomicU64,
@@ -55,10 +57,10 @@ pub struct Wanted {
 impl Keeping {
     /// Begins to keep copies; what is lost is waited for so long.
     pub fn start(copying: Copying, wanted: Wanted, patience: Duration, rate: u64) -> Arc<Keeping> {
-        let (disks, stop) = Default::default();
+        let (disks, stop, tidies) = Default::default();
         let (made, removed, failed) = Default::default();
         let keeping =
-            Arc::new(Keeping { copying, wanted, rate, disks, stop, made, removed, failed });
+            Arc::new(Keeping { copying, wanted, rate, disks, stop, tidies, made, removed, failed });
         tokio::spawn(keep_for_ever(Arc::downgrade(&keeping), Keeper::new(patience)));
         keeping
     }
@@ -169,6 +171,20 @@ impl Keeping {
         Ok(())
     }
 
+    /// Takes back disks that have returned, and sweeps what nobody goes on with: by itself, since it may have
+    /// to wait for a disk, and once at a time.
+    fn tidy(self: &Arc<Self>) {
+        if self.tidies.swap(true, Ordering::AcqRel) {
+            return;
+        }
+        let own = self.clone();
+        tokio::task::spawn_blocking(move || {
+            own.copying.node().take_back();
+            own.copying.node().sweep_unfinished();
+            own.tidies.store(false, Ordering::Release);
+        });
+    }
+
     /// Tells which disks have vanished or returned since the last look.
     fn tell_disks(&self, disks: &[DiskStatus]) {
         let mut known = self.disks.lock().unwrap_or_else(PoisonError::into_inner);
@@ -238,9 +254,7 @@ async fn keep_for_ever(keeping: Weak<Keeping>, mut keeper: Keeper) {
         }
         let own = keeping.clone();
         let Ok(images) = blocking(move || Ok(own.look())).await else { continue };
-        let node = keeping.copying().node().clone();
-        // By itself: it may have to wait for a disk.
-        tokio::task::spawn_blocking(move || node.sweep_unfinished());
+        keeping.tidy();
         let passed = std::mem::replace(&mut looked, Instant::now()).elapsed();
         paused.retain(|_, since| since.elapsed() < PAUSE);
         for (digest, action) in keeper.tick(passed, &images) {

@@ -297,6 +297,42 @@ fn a_replica_of_a_lost_disk_can_be_given_up() {
 }
 
 #[test]
+fn a_disk_that_has_returned_is_taken_in() {
+    let (bench, node) = Bench::with(&["a", "b"]);
+    import(&node, Some("b"), "debian", IMAGE).unwrap();
+    create(&node, "vm1", "debian", "b").unwrap();
+    drop(node);
+    fs::rename(bench.path("b"), bench.path("gone")).unwrap();
+    let node = bench.open();
+    node.take_back();
+    let state = |node: &Node| node.disk(&name("b")).unwrap().state;
+    assert_eq!(state(&node), DiskState::Missing);
+    // Another is mounted there.
+    let (other, elsewhere) = Bench::with(&["b"]);
+    drop(elsewhere);
+    fs::rename(other.path("b"), bench.path("b")).unwrap();
+    node.take_back();
+    assert_ne!(state(&node), DiskState::Present);
+    fs::rename(bench.path("b"), bench.path("other")).unwrap();
+    // Its record can't be read, then it can.
+    fs::rename(bench.path("gone"), bench.path("b")).unwrap();
+    let record = bench.home("b").join("disk.json");
+    let text = fs::read(&record).unwrap();
+    fs::write(&record, "{").unwrap();
+    node.take_back();
+    assert_ne!(state(&node), DiskState::Present);
+    fs::write(&record, text).unwrap();
+    thread::scope(|scope| {
+        // Whoever says so by hand meanwhile is not in the way.
+        scope.spawn(|| node.take_back());
+        node.add_disk(&bench.path("b"), DiskOptions::default()).unwrap();
+    });
+    assert_eq!(state(&node), DiskState::Present);
+    assert_eq!(node.replica(&name("vm1")).unwrap().state, ReplicaState::Ready);
+    assert!(node.open_copy(&name("debian")).is_ok());
+}
+
+#[test]
 fn a_lost_base_is_told_with_its_disk() {
     let (bench, node) = Bench::with(&["a", "b"]);
     import(&node, Some("a"), "debian", IMAGE).unwrap();

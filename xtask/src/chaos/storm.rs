@@ -302,8 +302,18 @@ impl Storm {
         self.recovered(world)
     }
 
-    /// Waits until no disk is in trouble and every image that is to have two copies has them.
+    /// Waits until no disk is away or in trouble, and every image that is to have two copies has them.
     fn recovered(&mut self, world: &World) -> Result<()> {
+        let started = Instant::now();
+        loop {
+            let disks = self.daemon.json(&["disk", "list"])?;
+            let all = disks.as_array().context("no disks")?;
+            if all.iter().all(|disk| disk["state"] == "present") {
+                break;
+            }
+            ensure!(started.elapsed() < RECOVERY, "a disk was not taken in again: {disks}");
+            thread::sleep(Duration::from_millis(200));
+        }
         for disk in POOLS.iter().chain(&HOMES) {
             self.daemon.ok(&["disk", "undrain", disk])?;
         }
