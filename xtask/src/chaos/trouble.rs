@@ -140,7 +140,8 @@ impl Damage {
         let Ok(stored) = fs::read(&file) else { return Ok(None) };
         let whole = |at: &usize| *world.sources[*at].content == stored;
         let Some(source) = (0..world.sources.len()).find(whole) else { return Ok(None) };
-        let open = OpenOptions::new().write(true).open(&file)?;
+        // It may have gone meanwhile.
+        let Ok(open) = OpenOptions::new().write(true).open(&file) else { return Ok(None) };
         let count = rng.usize(1..=DAMAGED);
         // What is zeros is known without being read.
         let data = |chunk: &u64| {
