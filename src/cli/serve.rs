@@ -56,6 +56,7 @@ struct Ready {
     pid: u32,
     socket: Option<PathBuf>,
     nbd_socket: Option<PathBuf>,
+    nbd_address: Option<String>,
     metrics: Option<String>,
 }
 
@@ -72,6 +73,10 @@ impl Serve {
         let (control, nbd) = sockets(&config)?;
         let service = Service::start(&config, &nbd).await?;
         let mut server = Server::start(control.listener()?, service.clone())?;
+        let nbd_address = match &config.nbd_tcp {
+            Some(tcp) => Some(service.add_nbd(tcp).await?.to_string()),
+            None => None,
+        };
         if let Some(address) = config.metrics {
             let bound = server.add_metrics(address, service.clone()).await?;
             service.metrics_are_at(format!("http://{bound}/metrics"));
@@ -80,6 +85,7 @@ impl Serve {
             pid: std::process::id(),
             socket: control.path(),
             nbd_socket: nbd.path(),
+            nbd_address,
             metrics: service.metrics_address(),
         };
         tracing::info!(
@@ -87,6 +93,7 @@ impl Serve {
             state = %config.state.display(),
             socket = %shown(&ready.socket),
             nbd_socket = %shown(&ready.nbd_socket),
+            nbd_address = ready.nbd_address,
             metrics = ready.metrics,
             "ready"
         );

@@ -53,6 +53,9 @@ fn totals(status: &api::Status) -> String {
     if let Some(socket) = &status.daemon.nbd_socket {
         pairs.push(("NBD", socket.display().to_string()));
     }
+    if let Some(address) = &status.daemon.nbd_address {
+        pairs.push(("NBD", address.clone()));
+    }
     if let Some(metrics) = &status.daemon.metrics {
         pairs.push(("metrics", metrics.clone()));
     }

@@ -441,6 +441,8 @@ pub struct Daemon {
     /// Where NBD clients connect.
     #[schema(value_type = Option<String>)]
     pub nbd_socket: Option<PathBuf>,
+    /// Where NBD is served over TCP.
+    pub nbd_address: Option<String>,
     /// Where metrics are served besides the control socket.
     pub metrics: Option<String>,
 }

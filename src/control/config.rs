@@ -8,6 +8,7 @@ use std::{fs, io::Read, net::SocketAddr, path::Path, path::PathBuf};
 use serde::Deserialize;
 
 use crate::{
+    blockdev::nbd::TlsFiles,
     catalog::{COPIES_MAX, Placement},
     control::paths::Paths,
     error::{Context, Error, Kind, Result},
@@ -28,6 +29,8 @@ pub struct Config {
     pub socket: PathBuf,
     /// The NBD socket.
     pub nbd_socket: PathBuf,
+    /// Where NBD is served over TCP too; `None` for nowhere.
+    pub nbd_tcp: Option<NbdTcp>,
     /// The group that may connect to both sockets besides the owner; empty for the daemon's own.
     pub socket_group: String,
     /// Where metrics are served; `None` for nowhere.
@@ -70,6 +73,15 @@ pub struct Config {
     pub stop_seconds: u64,
 }
 
+/// How NBD is served over TCP.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct NbdTcp {
+    /// Where to listen.
+    pub address: SocketAddr,
+    /// Who is let in by TLS; `None`: whoever comes, and all can be read on the way.
+    pub tls: Option<TlsFiles>,
+}
+
 /// How files of one kind are read and written.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "snake_case")]
@@ -87,6 +99,11 @@ struct File {
     state: Option<PathBuf>,
     socket: Option<PathBuf>,
     nbd_socket: Option<PathBuf>,
+    nbd_listen: Option<String>,
+    nbd_certificate: Option<PathBuf>,
+    nbd_key: Option<PathBuf>,
+    nbd_client_ca: Option<PathBuf>,
+    nbd_insecure: Option<bool>,
     socket_group: Option<String>,
     metrics: Option<String>,
     log: Option<String>,
@@ -109,6 +126,52 @@ struct File {
     stop_seconds: Option<u64>,
 }
 
+impl File {
+    /// How NBD is served over TCP: by TLS, or else in so many words without.
+    fn nbd_tcp(&self) -> Result<Option<NbdTcp>> {
+        let files = [
+            ("nbd_certificate", &self.nbd_certificate),
+            ("nbd_key", &self.nbd_key),
+            ("nbd_client_ca", &self.nbd_client_ca),
+        ]
+        .map(|(key, file)| (key, file.clone().filter(|file| !file.as_os_str().is_empty())));
+        let invalid = |what: &str| Err(Error::new(Kind::Invalid, what.to_owned()));
+        let insecure = self.nbd_insecure.unwrap_or(false);
+        let given = files.iter().any(|(_, file)| file.is_some());
+        let address = match self.nbd_listen.as_deref() {
+            None | Some("") if given || insecure => {
+                return invalid("nbd_listen says where NBD is served over TCP: give an address");
+            }
+            None | Some("") => return Ok(None),
+            Some(text) => address(text)?,
+        };
+        for (key, file) in &files {
+            match file {
+                Some(path) if !path.is_absolute() => {
+                    return invalid(&format!("{key} is {path:?}: give a path that starts with /"));
+                }
+                _ => {}
+            }
+        }
+        let tls = match (files.map(|(_, file)| file), insecure) {
+            ([None, None, None], true) => None,
+            ([Some(certificate), Some(key), Some(client_ca)], false) => {
+                Some(TlsFiles { certificate, key, client_ca })
+            }
+            (_, true) => {
+                return invalid("nbd_insecure is for NBD without TLS: leave the certificates out");
+            }
+            (_, false) => {
+                return invalid(
+                    "NBD over TCP needs nbd_certificate, nbd_key and nbd_client_ca; or nbd_insecure = \
+                     true, which lets in whoever comes, and shows everything to whoever listens",
+                );
+            }
+        };
+        Ok(Some(NbdTcp { address, tls }))
+    }
+}
+
 impl Config {
     /// The defaults for a service at `paths`.
     pub fn at(paths: &Paths) -> Config {
@@ -116,6 +179,7 @@ impl Config {
             state: paths.state.clone(),
             socket: paths.socket.clone(),
             nbd_socket: paths.nbd_socket.clone(),
+            nbd_tcp: None,
             socket_group: String::new(),
             metrics: None,
             log: "info".to_owned(),
@@ -161,10 +225,12 @@ impl Config {
             Error::new(Kind::Invalid, format!("line {line}: {}", error.message()))
         })?;
         let default = Config::at(paths);
+        let nbd_tcp = file.nbd_tcp()?;
         let config = Config {
             state: file.state.unwrap_or(default.state),
             socket: file.socket.unwrap_or(default.socket),
             nbd_socket: file.nbd_socket.unwrap_or(default.nbd_socket),
+            nbd_tcp,
             socket_group: file.socket_group.unwrap_or(default.socket_group),
             metrics: match file.metrics.as_deref() {
                 None | Some("") => default.metrics,
@@ -293,11 +359,25 @@ mod tests {
             ("metrics = \"nowhere\"", "nowhere"),
             ("socket = \"underlay.sock\"", "socket"),
             ("state =", "line 1"),
+            ("nbd_listen = \"10809\"", "nbd_certificate"),
+            (
+                "nbd_listen = \"10809\"\nnbd_key = \"/k\"\nnbd_insecure = true",
+                "leave the certificates",
+            ),
+            ("nbd_insecure = true", "nbd_listen"),
+            ("nbd_key = \"/k\"", "nbd_listen"),
+            ("nbd_listen = \"10809\"\nnbd_key = \"k\"\n", "nbd_key"),
         ] {
             let error = Config::parse(text, &system).unwrap_err().to_string();
             assert!(error.contains(told), "{text}: {error}");
         }
         let config = Config::parse("metrics = \"9500\"", &system).unwrap();
         assert_eq!(config.metrics, Some("127.0.0.1:9500".parse().unwrap()));
+        let open = "nbd_listen = \"[::]:10809\"\nnbd_insecure = true";
+        let tcp = Config::parse(open, &system).unwrap().nbd_tcp.unwrap();
+        assert!(tcp.address == "[::]:10809".parse().unwrap() && tcp.tls.is_none());
+        let files = "nbd_certificate = \"/c\"\nnbd_key = \"/k\"\nnbd_client_ca = \"/a\"";
+        let config = Config::parse(&format!("nbd_listen = \"10809\"\n{files}"), &system).unwrap();
+        assert_eq!(config.nbd_tcp.unwrap().tls.unwrap().key, PathBuf::from("/k"));
     }
 }

@@ -7,12 +7,14 @@
 
 use std::{
     collections::HashMap,
+    net::SocketAddr,
     path::PathBuf,
     sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError},
     time::{Duration, Instant},
 };
 
 use serde_json::json;
+use tokio::net::TcpListener;
 use uuid::Uuid;
 
 use crate::{
@@ -25,7 +27,7 @@ use crate::{
         api::*,
         attachments::{Attachments, Links, Servers},
         bases::Bases,
-        config::Config,
+        config::{Config, NbdTcp},
         copying::{Copying, Making},
         events::{Events, Happened},
         export::{self, Export, ImportOverlay},
@@ -65,6 +67,7 @@ pub struct Service {
     metrics: Metrics,
     jobs: Jobs,
     nbd_socket: Option<PathBuf>,
+    nbd_at: OnceLock<SocketAddr>,
     metrics_at: OnceLock<String>,
     started: Instant,
     /// How long the replicas took that this process created.
@@ -137,10 +140,23 @@ impl Service {
             metrics: Metrics::default(),
             jobs: Jobs::default(),
             nbd_socket: socket.path(),
+            nbd_at: OnceLock::new(),
             metrics_at: OnceLock::new(),
             started: Instant::now(),
             created_in: Mutex::default(),
         }))
+    }
+
+    /// Serves NBD over TCP too, and says where.
+    pub async fn add_nbd(&self, tcp: &NbdTcp) -> Result<SocketAddr> {
+        let files = tcp.tls.clone();
+        let tls = blocking(move || files.map(nbd::Tls::load).transpose()).await?;
+        let listening = || format!("serving NBD at {}", tcp.address);
+        let listener = TcpListener::bind(tcp.address).await.context(listening)?;
+        let bound = listener.local_addr().context(listening)?;
+        self.server.add_tcp(listener, tls);
+        self.nbd_at.get_or_init(|| bound);
+        Ok(bound)
     }
 
     /// Caches and what is promoted to them.
@@ -213,6 +229,7 @@ impl Service {
                 pid: std::process::id(),
                 uptime_seconds: self.started.elapsed().as_secs(),
                 nbd_socket: self.nbd_socket.clone(),
+                nbd_address: self.nbd_at.get().map(SocketAddr::to_string),
                 metrics: self.metrics_address(),
             },
             node: figures,

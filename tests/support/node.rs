@@ -75,8 +75,16 @@ impl Daemon {
         let mut command = Command::new(PROGRAM);
         command.args(["serve", "--json", "--log", "debug", "--state"]).arg(self.path("state"));
         command.arg("--socket").arg(self.socket()).arg("--nbd-socket").arg(self.nbd_socket());
+        if self.path("underlay.toml").exists() {
+            command.arg("--config").arg(self.path("underlay.toml"));
+        }
         command.env_remove("RUST_LOG").env_remove("UNDERLAY_SOCKET").stdin(Stdio::null());
         command
+    }
+
+    /// What the daemon is configured with from its next start on.
+    pub fn configure(&self, text: &str) {
+        fs::write(self.path("underlay.toml"), text).unwrap();
     }
 
     pub fn path(&self, name: &str) -> PathBuf {

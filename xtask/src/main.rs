@@ -32,6 +32,7 @@ mod slow;
 mod subject;
 mod survive;
 mod test;
+mod tls;
 mod tool;
 mod vm;
 
@@ -209,7 +210,11 @@ fn run(chore: Chore, only: Option<String>) -> Result<()> {
             return Ok(());
         }
         Chore::Guest(aim) => guest::run(&Lab::open()?, aim.against, &mut report),
-        Chore::Clients(aim) => clients::run(&Lab::open()?, aim.against, aim.seed, &mut report),
+        Chore::Clients(aim) => {
+            let lab = Lab::open()?;
+            clients::run(&lab, aim.against, aim.seed, &mut report);
+            tls::run(&lab, &mut report);
+        }
         Chore::Kill(aim) => kill::run(&Lab::open()?, aim.against, aim.seed, &mut report),
         Chore::Promotion { chart } => {
             promotion::run(&Lab::open()?, chart.as_deref(), &mut report);

@@ -16,6 +16,7 @@ const PROGRAMS: &[(&str, &str, &str)] = &[
     ("qemu-io", "qemu-utils", "outside clients"),
     ("qemu-nbd", "qemu-utils", "the bench"),
     ("nbdinfo", "libnbd-bin", "outside clients"),
+    ("openssl", "openssl", "certificates"),
     ("nbdcopy", "libnbd-bin", "outside clients"),
     ("nbdfuse", "libnbd-bin", "outside clients"),
     ("nbdsh", "python3-libnbd", "outside clients"),

@@ -15,7 +15,7 @@ use crate::subject::Against;
 use crate::tool::tool;
 use crate::{
     chaos, clients, demo, ebpf, guest, hostile, kill, metrics, packaging, place, probes, promotion,
-    savings, scale, sick, survive, vm,
+    savings, scale, sick, survive, tls, vm,
 };
 
 /// How long cargo may build and test, on two slow processors.
@@ -66,6 +66,7 @@ pub fn rigs(report: &mut Report) -> Result<()> {
     metrics::run(&lab, report);
     guest::run(&lab, Against::Underlay, report);
     clients::run(&lab, Against::Underlay, 1, report);
+    tls::run(&lab, report);
     kill::run(&lab, Against::Underlay, 1, report);
     savings::run(&lab, report);
     scale::run(&lab, 200, report);

@@ -17,6 +17,8 @@
 //!   the connection, as do unknown client flags, a wrong magic and more than the bounds below.
 //! - Memory is bounded by [`MAX_OPTION`] for input and grows only with bytes that arrived; a reply
 //!   is bounded by [`MAX_LISTING`].
+//! - Where TLS is due nothing is told or opened before it; [`Step::StartTls`] is the last of what was said in
+//!   the clear, and input behind it is for the caller to refuse.
 //! - SET_META_CONTEXT replaces what was set before even where it fails, and holds for the named
 //!   export only.
 //!
@@ -53,6 +55,7 @@ const ALLOCATION_ID: u32 = 1;
 #[derive(Debug)]
 pub struct Handshake {
     state: State,
+    secrecy: Secrecy,
     /// What arrived of the client flags, the header or the data that is waited for.
     buffer: Vec<u8>,
     client: ClientFlags,
@@ -63,11 +66,24 @@ pub struct Handshake {
     bytes: u64,
 }
 
+/// Whether a connection is to be encrypted.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Secrecy {
+    /// It is served as it is.
+    Plain,
+    /// Nothing is served before TLS.
+    Due,
+    /// TLS has begun.
+    Tls,
+}
+
 /// What the caller does next, after sending the output.
 #[derive(Debug)]
 pub enum Step {
     /// Feed more of what the client sends.
     Read,
+    /// Shake hands by TLS, then feed what the client sends through it.
+    StartTls,
     /// Answer with [`Handshake::listed`].
     List,
     /// Open the export and answer with [`Handshake::opened`].
@@ -128,13 +144,14 @@ struct ClientFlags {
 
 impl Handshake {
     /// Begins: the greeting is appended to `output`.
-    pub fn new(output: &mut Vec<u8>) -> Handshake {
+    pub fn new(secrecy: Secrecy, output: &mut Vec<u8>) -> Handshake {
         output.extend(GREETING.to_be_bytes());
         output.extend(OPTION_MAGIC.to_be_bytes());
         let flags = handshake_flag::FIXED_NEWSTYLE | handshake_flag::NO_ZEROES;
         output.extend(flags.to_be_bytes());
         Handshake {
             state: State::Flags,
+            secrecy,
             buffer: Vec::new(),
             client: ClientFlags::default(),
             structured: false,
@@ -299,16 +316,29 @@ impl Handshake {
     /// Answers an option whose data is all there.
     fn option(&mut self, option: u32, data: &[u8], output: &mut Vec<u8>) -> Step {
         let step = match option {
+            option::STARTTLS => match self.secrecy {
+                Secrecy::Plain => Err(UNSUPPORTED),
+                Secrecy::Tls => Err(TLS_ALREADY),
+                Secrecy::Due => empty(data).map(|()| {
+                    self.secrecy = Secrecy::Tls;
+                    put_reply(option, reply::ACK, &[], output);
+                    Step::StartTls
+                }),
+            },
+            option::EXPORT_NAME if self.secrecy == Secrecy::Due => {
+                return broken("EXPORT_NAME before TLS".to_owned());
+            }
+            option::ABORT => {
+                put_reply(option, reply::ACK, &[], output);
+                Ok(Step::Close(Ending::Aborted))
+            }
+            _ if self.secrecy == Secrecy::Due => Err(TLS_DUE),
             option::EXPORT_NAME => match options::name(data) {
                 Ok(name) => Ok(self.open(option, ExportQuery { name, wants: Wants::default() })),
                 Err(fault) => return broken(format!("EXPORT_NAME: {}", fault.message)),
             },
             option::INFO | option::GO => {
                 options::export_query(data).map(|query| self.open(option, query))
-            }
-            option::ABORT => {
-                put_reply(option, reply::ACK, &[], output);
-                Ok(Step::Close(Ending::Aborted))
             }
             option::LIST => empty(data).map(|()| {
                 self.state = State::Listing;
@@ -371,7 +401,11 @@ impl Handshake {
             option,
             option::LIST | option::STRUCTURED_REPLY | option::INFO..=option::SET_META_CONTEXT
         );
-        let fault = if known { TOO_BIG } else { UNSUPPORTED };
+        let fault = match known {
+            _ if self.secrecy == Secrecy::Due => TLS_DUE,
+            true => TOO_BIG,
+            false => UNSUPPORTED,
+        };
         put_error(option, fault.reply, fault.message, output);
         Step::Read
     }
@@ -379,6 +413,10 @@ impl Handshake {
 
 const TOO_BIG: Fault =
     Fault { reply: reply::ERR_TOO_BIG, message: "the option is longer than 64 KiB" };
+const TLS_DUE: Fault =
+    Fault { reply: reply::ERR_TLS_REQD, message: "this server wants TLS first: STARTTLS" };
+const TLS_ALREADY: Fault =
+    Fault { reply: reply::ERR_INVALID, message: "the connection is encrypted already" };
 const UNSUPPORTED: Fault =
     Fault { reply: reply::ERR_UNSUP, message: "this server does not know the option" };
 

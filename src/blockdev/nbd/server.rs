@@ -1,8 +1,8 @@
 //! The NBD server: accepts connections, lets them shake hands, and hands them to the ring threads.
 //!
 //! Handshakes are few and slow: they run on tokio, each within [`HANDSHAKE`]. Transmission runs on
-//! the rings. The number of connections is bounded; whoever comes past that waits in the kernel's
-//! queue.
+//! the rings. The number of connections by each way is bounded; whoever comes past that waits in the
+//! kernel's queue.
 
 use std::{
     collections::HashMap,
@@ -16,16 +16,19 @@ use std::{
     time::{Duration, Instant},
 };
 
-use nix::sys::socket::{Shutdown, getsockopt, shutdown, sockopt};
+use nix::sys::socket::{Shutdown, shutdown};
 use tokio::{
-    io::{AsyncReadExt, AsyncWriteExt},
-    net::{UnixListener, UnixStream},
+    net::{TcpListener, UnixListener, UnixStream},
     sync::{Semaphore, watch},
     task::JoinHandle,
     time::timeout,
 };
 
-use super::{Ending, Handshake, Negotiated, Offer, Step, Terms, session};
+use super::{
+    Terms, Tls,
+    reception::{CLIENT_SOCKET, Caller, Listener, Settled},
+    session, tls,
+};
 use crate::{
     blockdev::{AnyDevice, Export, figures::Front},
     error::{Context, Error, Kind, Result},
@@ -35,7 +38,7 @@ use crate::{
 /// What a client may take for its whole handshake.
 pub const HANDSHAKE: Duration = Duration::from_secs(10);
 
-/// Connections at once.
+/// Connections at once, on Unix sockets and over TCP each.
 pub const MAX_CONNECTIONS: usize = 1024;
 
 /// How long a client that was told to go may take to read its last replies.
@@ -75,10 +78,10 @@ struct Session {
 }
 
 /// Whom a session serves.
-#[derive(Clone, Copy, PartialEq, Eq)]
+#[derive(Clone, PartialEq, Eq)]
 enum Client {
-    /// Whoever connected.
-    Process,
+    /// Whoever connected: who that is, for people.
+    Other(String),
     /// The kernel, by a connection that [`Server::pair`] made.
     Kernel,
 }
@@ -118,10 +121,18 @@ impl Server {
     pub fn start(listener: UnixListener, rings: Arc<Rings>, exports: Arc<dyn Exports>) -> Server {
         let slots = Arc::new(Semaphore::new(MAX_CONNECTIONS));
         let (sessions, served) = (Mutex::default(), AtomicU64::new(0));
-        let shared = Arc::new(Shared { rings, exports, slots, sessions, served });
+        let shared = Arc::new(Shared { rings, exports, slots: slots.clone(), sessions, served });
         let (stop, stopped) = watch::channel(false);
-        tokio::spawn(shared.clone().accept(listener, stopped));
+        tokio::spawn(shared.clone().accept(Listener::Unix(listener), slots, stopped));
         Server { shared, stop }
+    }
+
+    /// Serves those too who connect to `listener` over TCP: by TLS, or whoever comes if there is none.
+    pub fn add_tcp(&self, listener: TcpListener, tls: Option<Tls>) {
+        // Strangers over TCP must not take the places of this node's own clients.
+        let slots = Arc::new(Semaphore::new(MAX_CONNECTIONS));
+        let listener = Listener::Tcp(listener, tls.map(Arc::new));
+        tokio::spawn(self.shared.clone().accept(listener, slots, self.stop.subscribe()));
     }
 
     /// Connections in transmission.
@@ -134,20 +145,21 @@ impl Server {
         self.shared.served.load(Ordering::Relaxed)
     }
 
-    /// Which processes have this export open: one entry a connection, as `pid 4711 (uid 0)`.
+    /// Who has this export open: one entry a connection, as `pid 4711 (uid 0)` or `10.0.0.7:41234 (TLS)`.
     pub fn clients(&self, name: &str) -> Vec<String> {
-        let sessions = self.shared.live();
-        let theirs = sessions
-            .iter()
-            .filter(|session| session.client == Client::Process && session.export.name == name);
-        theirs.map(|session| who(&session.socket)).collect()
+        let theirs = self.shared.live().into_iter().filter(|session| session.export.name == name);
+        let who = theirs.filter_map(|session| match &session.client {
+            Client::Other(who) => Some(who.clone()),
+            Client::Kernel => None,
+        });
+        who.collect()
     }
 
     /// How many clients each export has that has any, the kernel's apart.
     pub fn clients_of_each(&self) -> HashMap<String, u64> {
         let mut counts = HashMap::new();
         for session in self.shared.live() {
-            if session.client == Client::Process {
+            if session.client != Client::Kernel {
                 *counts.entry(session.export.name.clone()).or_insert(0) += 1;
             }
         }
@@ -202,20 +214,17 @@ impl Server {
     }
 }
 
-/// Who is at the other end of a Unix socket.
-fn who(socket: &OwnedFd) -> String {
-    match getsockopt(socket, sockopt::PeerCredentials) {
-        Ok(peer) => format!("pid {} (uid {})", peer.pid(), peer.uid()),
-        Err(_) => "a client".to_owned(),
-    }
-}
-
 impl Shared {
-    async fn accept(self: Arc<Self>, listener: UnixListener, mut stopped: watch::Receiver<bool>) {
+    async fn accept(
+        self: Arc<Self>,
+        listener: Listener,
+        slots: Arc<Semaphore>,
+        mut stopped: watch::Receiver<bool>,
+    ) {
         loop {
             let slot = tokio::select! {
                 _ = stopped.changed() => return,
-                slot = self.slots.clone().acquire_owned() => slot,
+                slot = slots.clone().acquire_owned() => slot,
             };
             let Ok(slot) = slot else { return };
             let accepted = tokio::select! {
@@ -223,12 +232,12 @@ impl Shared {
                 accepted = listener.accept() => accepted,
             };
             match accepted {
-                Ok((stream, _)) => {
+                Ok(caller) => {
                     let (shared, mut stopped) = (self.clone(), stopped.clone());
                     tokio::spawn(async move {
-                        let serving = shared.serve(stream, &mut stopped);
-                        if let Err(error) = serving.await {
-                            tracing::info!(%error, "NBD client turned away");
+                        let who = caller.who();
+                        if let Err(error) = shared.serve(caller, who.clone(), &mut stopped).await {
+                            tracing::info!(client = who, %error, "NBD client turned away");
                         }
                         drop(slot);
                     });
@@ -244,20 +253,39 @@ impl Shared {
 
     async fn serve(
         self: Arc<Self>,
-        mut stream: UnixStream,
+        caller: Caller,
+        who: String,
         stopped: &mut watch::Receiver<bool>,
     ) -> Result<()> {
         let shaking = tokio::select! {
             _ = stopped.changed() => return Ok(()),
-            shaking = timeout(HANDSHAKE, self.shake_hands(&mut stream)) => shaking,
+            shaking = timeout(HANDSHAKE, caller.settle(&*self.exports)) => shaking,
         };
         let late = |_| Error::new(Kind::Invalid, format!("no handshake within {HANDSHAKE:?}"));
-        let Some((negotiated, export, early)) = shaking.map_err(late)?? else { return Ok(()) };
-        let stream = stream.into_std().context(|| "NBD client's socket")?;
-        // The ring waits by itself; a socket that doesn't block would answer EAGAIN at once.
-        stream.set_nonblocking(false).context(|| "NBD client's socket")?;
-        let session = self.remember(OwnedFd::from(stream), export, Client::Process);
-        self.transmit(session, negotiated.terms, early).await;
+        let Some((settled, (negotiated, export, early))) = shaking.map_err(late)?? else {
+            return Ok(());
+        };
+        let client = Client::Other(who);
+        match settled {
+            Settled::Plain(socket) => {
+                let session = self.remember(socket, export, client);
+                self.transmit(session, negotiated.terms, early).await;
+            }
+            Settled::Tls(stream) => {
+                let (own, carried) =
+                    std::os::unix::net::UnixStream::pair().context(|| CLIENT_SOCKET)?;
+                carried.set_nonblocking(true).context(|| CLIENT_SOCKET)?;
+                let carried = UnixStream::from_std(carried).context(|| CLIENT_SOCKET)?;
+                let mut carrying = tokio::spawn(tls::carry(stream, carried));
+                let session = self.remember(OwnedFd::from(own), export, client);
+                self.transmit(session.clone(), negotiated.terms, early).await;
+                // What it said last is on its way: only then it has ended, for those too who wait for that.
+                let _: nix::Result<()> = shutdown(session.socket.as_raw_fd(), Shutdown::Both);
+                if timeout(DRAIN, &mut carrying).await.is_err() {
+                    carrying.abort();
+                }
+            }
+        }
         Ok(())
     }
 
@@ -287,73 +315,6 @@ impl Shared {
                 tracing::info!(export = session.export.name, %error, "NBD client cut off");
             }
             None => tracing::error!(export = session.export.name, "the client's ring is gone"),
-        }
-    }
-
-    /// The export that the client chose, what was agreed, and what it sent behind its handshake;
-    /// `None` if it left.
-    async fn shake_hands(
-        &self,
-        stream: &mut UnixStream,
-    ) -> Result<Option<(Negotiated, Arc<Export>, Vec<u8>)>> {
-        let mut output = Vec::new();
-        let mut handshake = Handshake::new(&mut output);
-        let mut input = vec![0; 4096];
-        let mut filled = 0;
-        let mut opened: Option<Arc<Export>> = None;
-        let broken = || "NBD client in handshake";
-        loop {
-            stream.write_all(&output).await.context(broken)?;
-            output.clear();
-            let (used, mut step) = handshake.feed(&input[..filled], &mut output);
-            input.copy_within(used..filled, 0);
-            filled -= used;
-            if let Step::List = step {
-                let exports = self.exports.list();
-                let exports = exports.iter().map(|(name, about)| (name.as_str(), about.as_str()));
-                handshake.listed(exports, &mut output);
-                continue;
-            }
-            if let Step::Open { name } = step {
-                let offer = self.exports.open(&name).await.map(|export| opened.insert(export));
-                let offer = offer.as_ref().map(|export| Offer {
-                    info: export.device.info(),
-                    description: &export.description,
-                });
-                let offer = match offer {
-                    Ok(offer) => Ok(offer),
-                    Err(error) => Err(Error::new(error.kind(), error.to_string())),
-                };
-                step = handshake.opened(offer, &mut output);
-            }
-            match step {
-                Step::Read if output.is_empty() => {
-                    if filled == input.len() {
-                        input.resize(filled * 2, 0);
-                    }
-                    match stream.read(&mut input[filled..]).await.context(broken)? {
-                        0 => return Ok(None),
-                        read => filled += read,
-                    }
-                }
-                Step::Transmit(negotiated) => {
-                    stream.write_all(&output).await.context(broken)?;
-                    let Some(export) = opened else {
-                        unreachable!("transmission follows an export that was opened")
-                    };
-                    input.truncate(filled);
-                    return Ok(Some((negotiated, export, input)));
-                }
-                Step::Close(ending) => {
-                    // The last words of a connection that ends anyway.
-                    let _ = stream.write_all(&output).await;
-                    return match ending {
-                        Ending::Aborted => Ok(None),
-                        Ending::Failed(error) => Err(error),
-                    };
-                }
-                Step::Read | Step::List | Step::Open { .. } => {}
-            }
         }
     }
 

@@ -107,7 +107,7 @@ fn open(name: &str) -> Result<Info> {
 /// A handshake with a server of two exports; `cut` says how long the next piece of the input is.
 fn serve(input: &[u8], mut cut: impl FnMut() -> usize) -> Told {
     let mut output = vec![];
-    let mut handshake = Handshake::new(&mut output);
+    let mut handshake = Handshake::new(Secrecy::Plain, &mut output);
     let (mut used, mut end) = (0, None);
     'pieces: while used < input.len() {
         let until = input.len().min(used.saturating_add(cut()));
@@ -130,6 +130,7 @@ fn serve(input: &[u8], mut cut: impl FnMut() -> usize) -> Told {
                     handshake.listed(exports, &mut output);
                 }
                 Step::Open { .. } => panic!("an open is no answer to an open"),
+                Step::StartTls => panic!("TLS is not due"),
                 Step::Transmit(negotiated) => end = Some(Ok(negotiated)),
                 Step::Close(Ending::Aborted) => end = Some(Err("aborted".into())),
                 Step::Close(Ending::Failed(error)) => end = Some(Err(error.to_string())),
@@ -242,7 +243,7 @@ fn list_tells_all_exports() {
 #[test]
 fn a_listing_ends_at_its_bound() {
     let mut output = vec![];
-    let mut handshake = Handshake::new(&mut output);
+    let mut handshake = Handshake::new(Secrecy::Plain, &mut output);
     let client = Client::new(3).option(3, b"").0;
     assert!(matches!(handshake.feed(&client, &mut output), (20, Step::List)));
     let name = "n".repeat(MAX_STRING);
@@ -394,9 +395,56 @@ fn endless_handshakes_end() {
 }
 
 #[test]
+fn before_tls_nothing_is_told_or_opened() {
+    let due = || {
+        let mut output = vec![];
+        let handshake = Handshake::new(Secrecy::Due, &mut output);
+        (handshake, output)
+    };
+    let told = |output: Vec<u8>| Told { output, end: None, rest: 0 }.finals();
+    let (mut handshake, mut output) = due();
+    let long = vec![0; MAX_OPTION as usize + 1];
+    let early = Client::new(3)
+        .option(3, b"")
+        .choose(6, "replica/vm1", &[])
+        .choose(7, "replica/vm1", &[])
+        .option(8, b"")
+        .contexts(9, "replica/vm1", &[])
+        .contexts(10, "replica/vm1", &["base:allocation"])
+        .option(99, b"")
+        .option(7, &long)
+        .option(5, b"x");
+    let input = early.clone().option(5, b"").option(3, b"").0;
+    let (used, step) = handshake.feed(&input, &mut output);
+    assert!(matches!(step, Step::StartTls));
+    assert_eq!(input.len() - used, 16, "what lies behind STARTTLS is not taken in");
+    let mut wanted: Vec<_> =
+        [3, 6, 7, 8, 9, 10, 99, 7].iter().map(|option| (*option, reply::ERR_TLS_REQD)).collect();
+    wanted.extend([(5, reply::ERR_INVALID), (5, reply::ACK)]);
+    assert_eq!(told(output), wanted);
+
+    // Behind TLS all is as it is without, but that there is no second.
+    let mut output = vec![0; 18];
+    let after = Client(vec![]).option(5, b"").choose(7, "replica/vm1", &[]).0;
+    assert!(matches!(handshake.feed(&after, &mut output), (_, Step::Open { .. })));
+    assert_eq!(told(output), [(5, reply::ERR_INVALID)]);
+
+    let (mut handshake, mut output) = due();
+    let abort = Client::new(3).option(2, b"").0;
+    let (_, step) = handshake.feed(&abort, &mut output);
+    assert!(matches!(step, Step::Close(Ending::Aborted)));
+    let (mut handshake, mut output) = due();
+    let blunt = Client::new(3).option(1, b"replica/vm1").0;
+    let (_, step) = handshake.feed(&blunt, &mut output);
+    assert!(matches!(step, Step::Close(Ending::Failed(_))) && output.len() == 18);
+    // Where it is not due there is none.
+    assert_eq!(whole(&Client::new(3).option(5, b"")).finals(), [(5, reply::ERR_UNSUP)]);
+}
+
+#[test]
 fn memory_grows_with_bytes_that_came_only() {
     let mut output = vec![];
-    let mut handshake = Handshake::new(&mut output);
+    let mut handshake = Handshake::new(Secrecy::Plain, &mut output);
     let mut header = Client::new(3).option(7, b"").0;
     let at = header.len() - 4;
     header[at..].copy_from_slice(&MAX_OPTION.to_be_bytes());
