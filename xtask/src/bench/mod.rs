@@ -36,6 +36,9 @@ pub struct Options {
     /// Of policy: the trace, instead of ../shared/traces/cloudphysics.csv.gz
     #[arg(long)]
     trace: Option<PathBuf>,
+    /// Of nbd: a directory for a page and a chart of the figures
+    #[arg(long, value_name = "DIR")]
+    write: Option<PathBuf>,
     /// Prints one JSON document instead of tables
     #[arg(long)]
     json: bool,

@@ -2,12 +2,8 @@
 
 use serde_json::{Value, json};
 
-use super::{LANES, LOADS, Lane, Way, Who};
+use super::loads::{LANES, LOADS, Lane, MARKS, Mark, Rival, Way, Who};
 use crate::bench::{Options, median};
-
-/// Ratios to qemu-nbd that are asked for, direct against direct: (load, at least).
-const MARKS: [(&str, f64); 2] =
-    [("4 KiB random read, QD32", 1.8), ("4 KiB random write, QD32, first touch", 1.5)];
 
 /// What one run of fio gave.
 #[derive(Clone, Copy)]
@@ -18,6 +14,8 @@ pub struct Sample {
     pub median_us: f64,
     /// All but one in a hundred took no longer, in microseconds.
     pub p99_us: f64,
+    /// Processor seconds of the server for each GiB; the raw file has no server.
+    pub cpu_per_gib: Option<f64>,
 }
 
 /// The samples of one load in one lane.
@@ -35,58 +33,124 @@ impl Row {
         median(self.samples.iter().map(of).collect())
     }
 
-    fn per_second(&self) -> f64 {
+    /// The median rate.
+    pub fn per_second(&self) -> f64 {
         self.median(|sample| sample.per_second)
     }
 
-    fn spread(&self) -> (f64, f64) {
+    /// The lowest rate and the highest.
+    pub fn spread(&self) -> (f64, f64) {
         let all = self.samples.iter().map(|sample| sample.per_second);
         all.fold((f64::INFINITY, 0.0), |(low, high), one| (low.min(one), high.max(one)))
     }
 
-    /// How many times the rate of `who` this row's is, the same load the same way: the median of the
-    /// rounds' ratios, since what disturbs a machine for a while disturbs both in the same round.
-    fn over(&self, rows: &[Row], who: Who) -> Option<f64> {
-        let other = |row: &&Row| row.load == self.load && row.lane == (self.lane.0, who);
-        let pairs = self.samples.iter().zip(&rows.iter().find(other)?.samples);
-        Some(median(pairs.map(|(ours, theirs)| ours.per_second / theirs.per_second).collect()))
+    fn cpu(&self) -> Option<f64> {
+        let all: Option<Vec<f64>> = self.samples.iter().map(|sample| sample.cpu_per_gib).collect();
+        all.map(median)
+    }
+
+    /// How many times the rate of others this row's is, the same way: the median of the rounds' ratios, since
+    /// what disturbs a machine for a while disturbs all in the same round.
+    fn over(&self, rows: &[Row], rival: Rival) -> Option<f64> {
+        let is_rival = |row: &&Row| {
+            let of_load = match rival {
+                Rival::Base(load) => LOADS[row.load].name == load,
+                Rival::One(_) | Rival::Qemu | Rival::Best => row.load == self.load,
+            };
+            let of_lane = match rival {
+                Rival::One(who) => row.lane.1 == who,
+                Rival::Qemu => matches!(row.lane.1, Who::QemuNbd | Who::StorageDaemon),
+                Rival::Best => row.lane.1.is_peer(),
+                Rival::Base(_) => row.lane.1 == Who::Underlay,
+            };
+            of_load && of_lane && row.lane.0 == self.lane.0
+        };
+        let rivals: Vec<&Row> = rows.iter().filter(is_rival).collect();
+        let ratios = self.samples.iter().enumerate().filter_map(|(round, ours)| {
+            let theirs = rivals.iter().filter_map(|row| row.samples.get(round));
+            let best = theirs.map(|it| it.per_second).max_by(f64::total_cmp)?;
+            Some(ours.per_second / best)
+        });
+        let ratios: Vec<f64> = ratios.collect();
+        (!ratios.is_empty()).then(|| median(ratios))
     }
 }
 
-fn label((way, who): Lane) -> String {
-    let who = match who {
-        Who::Raw => "raw file, io_uring",
-        Who::Underlay => "underlay",
-        Who::QemuNbd => "qemu-nbd",
-        Who::Nbdkit => "nbdkit file",
-    };
-    format!("{who}, {}", if way == Way::Direct { "direct" } else { "cached" })
+/// What is said of a lane.
+pub fn label((way, who): Lane) -> String {
+    format!("{}, {}", who.label(), if way == Way::Direct { "direct" } else { "cached" })
 }
 
 /// Every row in the order of the tables, whatever order the rounds ran in.
-fn ordered(rows: &[Row], load: usize) -> impl Iterator<Item = &Row> {
+pub fn ordered(rows: &[Row], load: usize) -> impl Iterator<Item = &Row> {
     LANES
         .iter()
         .filter_map(move |lane| rows.iter().find(|row| row.load == load && row.lane == *lane))
 }
 
-fn marks(rows: &[Row]) -> Vec<(&'static str, f64, f64)> {
-    let reached = MARKS.iter().filter_map(|(name, least)| {
-        let ours =
-            |row: &&Row| LOADS[row.load].name == *name && row.lane == (Way::Direct, Who::Underlay);
-        Some((*name, *least, rows.iter().find(ours)?.over(rows, Who::QemuNbd)?))
+fn ours(rows: &[Row], load: &str, way: Way) -> Option<usize> {
+    let is_it = |row: &Row| LOADS[row.load].name == load && row.lane == (way, Who::Underlay);
+    rows.iter().position(is_it)
+}
+
+fn marks(rows: &[Row]) -> Vec<(&'static Mark, f64)> {
+    let reached = MARKS.iter().filter_map(|mark| {
+        let ours = &rows[ours(rows, mark.load, mark.way)?];
+        Some((mark, ours.over(rows, mark.rival)?))
     });
     reached.collect()
 }
 
-/// For people: a table a load, then the marks.
+/// Our processor time and that of the peer that takes least, where both were measured.
+fn cheapest(rows: &[Row]) -> Vec<(&'static str, Way, f64, f64)> {
+    let both = LOADS.iter().flat_map(|load| [(load, Way::Direct), (load, Way::Cached)]);
+    let costs = both.filter_map(|(load, way)| {
+        let row = &rows[ours(rows, load.name, way)?];
+        let peers = rows.iter().filter(|other| {
+            other.load == row.load && other.lane.0 == way && other.lane.1.is_peer()
+        });
+        let least = peers.filter_map(Row::cpu).min_by(f64::total_cmp)?;
+        Some((load.name, way, row.cpu()?, least))
+    });
+    costs.collect()
+}
+
+fn way_of(way: Way) -> &'static str {
+    match way {
+        Way::Direct => "direct",
+        Way::Cached => "cached",
+    }
+}
+
+/// For people: what is asked for, then a table a load.
 pub fn as_markdown(machine: &str, options: &Options, rows: &[Row]) -> String {
     let mut text = format!(
-        "{machine}; {} rounds of {} s, medians; writes of qemu-nbd go to a qcow2 overlay, of the raw \
-         file and nbdkit to a sparse file\n",
+        "# NBD, side by side\n\n`cargo xtask bench nbd --rounds {} --seconds {}`: {machine}. Medians of the rounds; \
+         ratios are medians of the ratios within a round. Writes of qemu's servers go to a qcow2 overlay, of nbdkit to \
+         its filter `cow`, of the raw file to a sparse file.\n\n![](nbd.svg)\n\n## What is asked for\n\n\
+         | load | compared with | asked | measured | |\n|---|---|---:|---:|---|\n",
         options.rounds,
         options.seconds()
     );
+    let word = |well: bool| if well { "reached" } else { "**missed**" };
+    for (mark, reached) in marks(rows) {
+        text += &format!(
+            "| {}, {} | {} | {} x | {reached:.2} x | {} |\n",
+            mark.load,
+            way_of(mark.way),
+            mark.rival.label(),
+            mark.least,
+            word(reached >= mark.least)
+        );
+    }
+    for (load, way, ours, least) in cheapest(rows) {
+        text += &format!(
+            "| {load}, {} | processor time of the peer that takes least | below {least:.2} s/GiB | {ours:.2} s/GiB \
+             | {} |\n",
+            way_of(way),
+            word(ours < least)
+        );
+    }
     let ratio = |ratio: Option<f64>| ratio.map_or("".into(), |ratio| format!("{ratio:.2}"));
     for (number, load) in LOADS.iter().enumerate() {
         let mut rows_of_load = ordered(rows, number).peekable();
@@ -94,26 +158,23 @@ pub fn as_markdown(machine: &str, options: &Options, rows: &[Row]) -> String {
             continue;
         }
         text += &format!(
-            "\n### {}\n\n| | per second | min - max | median µs | p99 µs | x raw | x qemu-nbd |\n\
-             |---|---:|---:|---:|---:|---:|---:|\n",
+            "\n## {}\n\n| | per second | min - max | median µs | p99 µs | server s/GiB | x raw | x best peer |\n\
+             |---|---:|---:|---:|---:|---:|---:|---:|\n",
             load.name
         );
         for row in rows_of_load {
             let (low, high) = row.spread();
             text += &format!(
-                "| {} | {:.0} | {low:.0} - {high:.0} | {:.0} | {:.0} | {} | {} |\n",
+                "| {} | {:.0} | {low:.0} - {high:.0} | {:.0} | {:.0} | {} | {} | {} |\n",
                 label(row.lane),
                 row.per_second(),
                 row.median(|sample| sample.median_us),
                 row.median(|sample| sample.p99_us),
-                ratio(row.over(rows, Who::Raw)),
-                ratio(row.over(rows, Who::QemuNbd)),
+                ratio(row.cpu()),
+                ratio(row.over(rows, Rival::One(Who::Raw))),
+                ratio(row.over(rows, Rival::Best)),
             );
         }
-    }
-    for (name, least, reached) in marks(rows) {
-        let word = if reached >= least { "reached" } else { "MISSED" };
-        text += &format!("\nmark {word}: {name}: {reached:.2} x qemu-nbd, asked {least} x");
     }
     text
 }
@@ -128,13 +189,17 @@ pub fn as_json(machine: &str, options: &Options, rows: &[Row]) -> Value {
             "samples": row.samples.iter().map(|sample| sample.per_second).collect::<Vec<_>>(),
             "median_us": row.median(|sample| sample.median_us),
             "p99_us": row.median(|sample| sample.p99_us),
-            "over_raw": row.over(rows, Who::Raw),
-            "over_qemu_nbd": row.over(rows, Who::QemuNbd),
+            "server_seconds_per_gib": row.cpu(),
+            "over_raw": row.over(rows, Rival::One(Who::Raw)),
+            "over_best_peer": row.over(rows, Rival::Best),
         })
     });
-    let marks = marks(rows)
-        .into_iter()
-        .map(|(name, least, reached)| json!({ "load": name, "asked": least, "reached": reached }));
+    let marks = marks(rows).into_iter().map(|(mark, reached)| {
+        json!({
+            "load": mark.load, "way": way_of(mark.way), "rival": mark.rival.label(),
+            "asked": mark.least, "reached": reached,
+        })
+    });
     json!({
         "machine": machine,
         "rounds": options.rounds,
