@@ -15,7 +15,7 @@ const PROGRAMS: &[(&str, &str, &str)] = &[
     ("qemu-img", "qemu-utils", "images, outside clients"),
     ("qemu-io", "qemu-utils", "outside clients"),
     ("qemu-nbd", "qemu-utils", "the bench"),
-    ("qemu-storage-daemon", "qemu-system-common", "the bench"),
+    ("qemu-storage-daemon", "qemu-utils", "the bench"),
     ("nbdinfo", "libnbd-bin", "outside clients"),
     ("openssl", "openssl", "certificates"),
     ("nbdcopy", "libnbd-bin", "outside clients"),

@@ -314,8 +314,16 @@ impl Target {
         let share = after
             .zip(before)
             .map(|(after, before)| (after - before).as_secs_f64() / began.elapsed().as_secs_f64());
-        sample(&report, share)
+        let resident = self.server.map(resident).transpose()?;
+        Ok(Sample { resident, ..sample(&report, share)? })
     }
+}
+
+/// The memory that a process has, in bytes.
+fn resident(pid: u32) -> Result<f64> {
+    let pages = fs::read_to_string(format!("/proc/{pid}/statm"))?;
+    let pages: f64 = pages.split_whitespace().nth(1).context("statm")?.parse()?;
+    Ok(pages * sysconf(SysconfVar::PAGE_SIZE)?.context("no page size")? as f64)
 }
 
 /// The processor time that a process has had.
@@ -347,5 +355,6 @@ fn sample(report: &Value, share: Option<f64>) -> Result<Sample> {
         median_us: latency("50.000000"),
         p99_us: latency("99.000000"),
         cpu_per_gib: share.map(|share| share / gibs),
+        resident: None,
     })
 }

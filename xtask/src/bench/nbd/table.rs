@@ -16,6 +16,8 @@ pub struct Sample {
     pub p99_us: f64,
     /// Processor seconds of the server for each GiB; the raw file has no server.
     pub cpu_per_gib: Option<f64>,
+    /// Memory of the server right after it, in bytes.
+    pub resident: Option<f64>,
 }
 
 /// The samples of one load in one lane.
@@ -45,8 +47,15 @@ impl Row {
     }
 
     fn cpu(&self) -> Option<f64> {
-        let all: Option<Vec<f64>> = self.samples.iter().map(|sample| sample.cpu_per_gib).collect();
-        all.map(median)
+        self.median_if(|sample| sample.cpu_per_gib)
+    }
+
+    fn mebibytes(&self) -> Option<f64> {
+        self.median_if(|sample| sample.resident).map(|bytes| bytes / f64::from(1 << 20))
+    }
+
+    fn median_if(&self, of: impl Fn(&Sample) -> Option<f64>) -> Option<f64> {
+        self.samples.iter().map(of).collect::<Option<Vec<f64>>>().map(median)
     }
 
     /// How many times the rate of others this row's is, the same way: the median of the rounds' ratios, since
@@ -158,19 +167,20 @@ pub fn as_markdown(machine: &str, options: &Options, rows: &[Row]) -> String {
             continue;
         }
         text += &format!(
-            "\n## {}\n\n| | per second | min - max | median µs | p99 µs | server s/GiB | x raw | x best peer |\n\
-             |---|---:|---:|---:|---:|---:|---:|---:|\n",
+            "\n## {}\n\n| | per second | min - max | median µs | p99 µs | server s/GiB | server MiB | x raw | x best peer |\n\
+             |---|---:|---:|---:|---:|---:|---:|---:|---:|\n",
             load.name
         );
         for row in rows_of_load {
             let (low, high) = row.spread();
             text += &format!(
-                "| {} | {:.0} | {low:.0} - {high:.0} | {:.0} | {:.0} | {} | {} | {} |\n",
+                "| {} | {:.0} | {low:.0} - {high:.0} | {:.0} | {:.0} | {} | {} | {} | {} |\n",
                 label(row.lane),
                 row.per_second(),
                 row.median(|sample| sample.median_us),
                 row.median(|sample| sample.p99_us),
                 ratio(row.cpu()),
+                row.mebibytes().map_or("".into(), |mebibytes| format!("{mebibytes:.0}")),
                 ratio(row.over(rows, Rival::One(Who::Raw))),
                 ratio(row.over(rows, Rival::Best)),
             );
@@ -190,6 +200,7 @@ pub fn as_json(machine: &str, options: &Options, rows: &[Row]) -> Value {
             "median_us": row.median(|sample| sample.median_us),
             "p99_us": row.median(|sample| sample.p99_us),
             "server_seconds_per_gib": row.cpu(),
+            "server_mebibytes": row.mebibytes(),
             "over_raw": row.over(rows, Rival::One(Who::Raw)),
             "over_best_peer": row.over(rows, Rival::Best),
         })
