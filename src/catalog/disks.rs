@@ -123,8 +123,13 @@ impl Node {
     /// Looks whether disks that are away have returned, and takes those in that have. Waits for disks that
     /// hang; nobody else does meanwhile.
     pub fn take_back(&self) {
+        // One that another daemon has locked is not ours for the taking when that restarts.
+        let returns = |slot: &&Slot| match &slot.at {
+            Attachment::Away(absence) => absence.state != DiskState::Locked,
+            Attachment::Here(..) => false,
+        };
         let all: Vec<Uuid> =
-            self.0.view().disks.iter().filter_map(|slot| away(Some(slot))).collect();
+            self.0.view().disks.iter().filter(returns).map(|slot| slot.known.id).collect();
         for id in all {
             let known = self.0.claim("a disk that is away", |view| {
                 let slot = view.slot(id).filter(|slot| away(Some(slot)).is_some());

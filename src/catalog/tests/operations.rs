@@ -333,6 +333,23 @@ fn a_disk_that_has_returned_is_taken_in() {
 }
 
 #[test]
+fn a_disk_that_another_daemon_had_is_not_taken_when_that_ends() {
+    let (bench, node) = Bench::with(&["a"]);
+    let other = Bench::new();
+    drop(node);
+    fs::create_dir_all(other.state()).unwrap();
+    fs::copy(bench.state().join("disks.json"), other.state().join("disks.json")).unwrap();
+    let node = bench.open();
+    let second = other.open();
+    assert_eq!(second.disk(&name("a")).unwrap().state, DiskState::Locked);
+    drop(node);
+    second.take_back();
+    assert_eq!(second.disk(&name("a")).unwrap().state, DiskState::Locked);
+    second.add_disk(&bench.path("a"), DiskOptions::default()).unwrap();
+    assert_eq!(second.disk(&name("a")).unwrap().state, DiskState::Present);
+}
+
+#[test]
 fn a_lost_base_is_told_with_its_disk() {
     let (bench, node) = Bench::with(&["a", "b"]);
     import(&node, Some("a"), "debian", IMAGE).unwrap();
