@@ -67,7 +67,7 @@ impl Kind {
     pub const fn nbd(self) -> u32 {
         match self {
             Kind::ReadOnly | Kind::Permission => 1,
-            // ENOTSUP is kept for fast zeroing, which is not offered.
+            // ENOTSUP is kept for zeroing that can't be fast.
             Kind::Invalid | Kind::OutOfRange | Kind::Unsupported => 22,
             Kind::NoSpace => 28,
             Kind::Unavailable => 108,

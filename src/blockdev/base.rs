@@ -7,7 +7,7 @@
 use std::ops::Range;
 
 use crate::{
-    blockdev::device::{Device, Extent, Info, Provision, merge},
+    blockdev::device::{Device, Extent, Grain, Holder, Info, Provision, merge},
     cow::Base,
     error::{Context, Error, Kind, Result},
     io::{Buf, Io},
@@ -118,13 +118,21 @@ impl<I: Io> Device<I> for BaseImage<I> {
             .context(|| format!("image {}: prefetching", self.sources.image().name))
     }
 
-    fn extents(&self, offset: u64, len: u64, limit: usize, extents: &mut Vec<Extent>) {
+    fn extents(
+        &self,
+        offset: u64,
+        len: u64,
+        grain: Grain,
+        limit: usize,
+        extents: &mut Vec<Extent>,
+    ) {
         let end = offset + len;
         let mut at = offset;
         while at < end {
             let (zero, blocks) = self.zero_run(Block::at(at).0..units::blocks(end));
             let next = Block(blocks).offset().min(end);
-            if !merge(extents, limit, Extent { len: next - at, hole: zero, zero }) {
+            let holder = if zero { Holder::Nobody } else { Holder::Base };
+            if !merge(extents, grain, limit, Extent { len: next - at, holder }) {
                 return;
             }
             at = next;

@@ -24,15 +24,35 @@ pub struct Info {
     pub rotational: bool,
 }
 
-/// A run of one kind of content, as `base:allocation` tells it.
+/// A run of content that one place holds.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Extent {
     /// Bytes; never 0.
     pub len: u64,
-    /// No space is allocated for it in this device or the image below.
-    pub hole: bool,
-    /// It reads as zeros.
-    pub zero: bool,
+    /// Who holds it.
+    pub holder: Holder,
+}
+
+/// Who holds a run of content: what a read of it would ask.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Holder {
+    /// Nobody: it reads as zeros, and no space is allocated for it in this device or the image below.
+    Nobody,
+    /// The replica's own overlay.
+    Overlay,
+    /// A copy of the image.
+    Base,
+    /// The cache of promoted chunks on the replica's disk.
+    Cache,
+}
+
+/// How finely runs are told apart.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Grain {
+    /// What nobody holds, and what somebody holds, whoever that is.
+    Zeros,
+    /// By who holds it.
+    Holders,
 }
 
 /// A block device. Ranges lie within `info().size`; lengths are not 0; no alignment is asked for.
@@ -69,7 +89,7 @@ pub trait Device<I: Io>: 'static {
 
     /// Appends to `extents` what lies in the range, in order, neighbours merged, until the range or
     /// `limit` extents are covered; at least one. Pure: no I/O.
-    fn extents(&self, offset: u64, len: u64, limit: usize, extents: &mut Vec<Extent>);
+    fn extents(&self, offset: u64, len: u64, grain: Grain, limit: usize, extents: &mut Vec<Extent>);
 }
 
 /// Serves a request; `None` if that panics, which is a bug of ours: it costs the request, and not the
@@ -87,12 +107,14 @@ fn message(panic: &(dyn Any + Send)) -> &str {
 
 /// Appends an extent, or lengthens the last one if it is of the same kind. False if it would be
 /// more than `limit`.
-pub fn merge(extents: &mut Vec<Extent>, limit: usize, extent: Extent) -> bool {
+pub fn merge(extents: &mut Vec<Extent>, grain: Grain, limit: usize, extent: Extent) -> bool {
     let full = extents.len() >= limit;
+    let is_same = |last: &Extent| match grain {
+        Grain::Holders => last.holder == extent.holder,
+        Grain::Zeros => (last.holder == Holder::Nobody) == (extent.holder == Holder::Nobody),
+    };
     match extents.last_mut() {
-        Some(last) if (last.hole, last.zero) == (extent.hole, extent.zero) => {
-            last.len += extent.len
-        }
+        Some(last) if is_same(last) => last.len += extent.len,
         _ if full => return false,
         _ => extents.push(extent),
     }

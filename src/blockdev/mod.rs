@@ -10,7 +10,7 @@ pub mod replica;
 pub mod ublk;
 
 pub use base::BaseImage;
-pub use device::{Device, Extent, Info, Provision};
+pub use device::{Device, Extent, Grain, Holder, Info, Provision};
 pub use figures::Figures;
 pub use replica::{Below, Footing, Replica};
 

@@ -9,13 +9,13 @@ use std::{ops::Range, sync::Arc, time::Duration};
 use crate::{
     blockdev::{
         base::BaseImage,
-        device::{Device, Extent, Info, Provision, merge},
+        device::{Device, Extent, Grain, Holder, Info, Provision, merge},
     },
     cow::{Base, Closed, Gate, Inside, Overlay, Source},
     error::Result,
     io::{Buf, Io},
     promote::View,
-    units::Block,
+    units::{Block, Chunk},
 };
 
 /// A replica, open for reading and writing. Shared by every thread that serves it.
@@ -54,6 +54,22 @@ impl<I: Io> Below<I> {
     /// The image's copy.
     pub fn copy(&self) -> Option<&Arc<BaseImage<I>>> {
         self.0.as_ref().map(|seen| &seen.copy)
+    }
+
+    /// What of a range of the image's data is promoted to the replica's disk, a run a chunk.
+    fn runs(&self, offset: u64, len: u64) -> impl Iterator<Item = Extent> {
+        let cache = self.0.as_ref().and_then(|seen| seen.view.cache());
+        let end = offset.saturating_add(len);
+        let mut at = offset;
+        std::iter::from_fn(move || {
+            let (start, chunk) = (at, Chunk::at(at));
+            let holder = match &cache {
+                Some(cache) if cache.is_present(chunk) => Holder::Cache,
+                _ => Holder::Base,
+            };
+            at = Chunk(chunk.0 + 1).offset().min(end);
+            (start < end).then(|| Extent { len: at - start, holder })
+        })
     }
 }
 
@@ -179,15 +195,35 @@ impl<I: Io> Device<I> for Replica<I> {
         }
     }
 
-    fn extents(&self, offset: u64, len: u64, limit: usize, extents: &mut Vec<Extent>) {
+    fn extents(
+        &self,
+        offset: u64,
+        len: u64,
+        grain: Grain,
+        limit: usize,
+        extents: &mut Vec<Extent>,
+    ) {
         let footing = self.gate.get();
         let Ok(segments) = footing.overlay.extents(&footing.base, offset, len) else {
             unreachable!("front ends check ranges against the size, and devices never shrink");
         };
         for segment in segments {
-            // What the base holds is allocated as far as a client can care: it is no zero.
-            let zero = segment.source == Source::Zero;
-            if !merge(extents, limit, Extent { len: segment.len, hole: zero, zero }) {
+            let more = match (segment.source, grain) {
+                (Source::Base, Grain::Holders) => {
+                    let mut runs = footing.base.runs(segment.offset, segment.len);
+                    runs.all(|extent| merge(extents, grain, limit, extent))
+                }
+                (source, _) => {
+                    // What the base holds is allocated as far as a client can care: it is no zero.
+                    let holder = match source {
+                        Source::Zero => Holder::Nobody,
+                        Source::Overlay => Holder::Overlay,
+                        Source::Base => Holder::Base,
+                    };
+                    merge(extents, grain, limit, Extent { len: segment.len, holder })
+                }
+            };
+            if !more {
                 return;
             }
         }

@@ -24,7 +24,7 @@ use super::{
     service::Service,
 };
 use crate::{
-    blockdev::{AnyDevice, Below, Device, Footing, Replica},
+    blockdev::{AnyDevice, Below, Device, Footing, Grain, Holder, Replica},
     catalog::{Name, NewReplica, OpenReplica, ReplicaStatus},
     cow::{Overlay, Provision, Watch, format::State},
     error::{Error, Kind, Result},
@@ -115,14 +115,16 @@ impl Export {
         let mut extents = Vec::new();
         match &self.device {
             AnyDevice::Base(base) => {
-                Device::<Ring>::extents(&**base, at, len, EXTENTS, &mut extents);
+                Device::<Ring>::extents(&**base, at, len, Grain::Zeros, EXTENTS, &mut extents);
             }
-            AnyDevice::Replica(replica) => replica.extents(at, len, EXTENTS, &mut extents),
+            AnyDevice::Replica(replica) => {
+                replica.extents(at, len, Grain::Zeros, EXTENTS, &mut extents);
+            }
         }
         let mut at = at;
         for extent in extents {
             let end = at + extent.len;
-            if !extent.zero {
+            if extent.holder != Holder::Nobody {
                 self.copy_range(writer, at, end).await?;
             }
             at = end;

@@ -91,4 +91,6 @@ pub enum Provision {
     Release,
     /// The space stays allocated: later writes there do not run out of it.
     Keep,
+    /// The same, but only where nothing has to be written for it: `Unsupported` otherwise, at once.
+    KeepIfFast,
 }

@@ -18,12 +18,15 @@ use super::{
 };
 use crate::{
     error::{Kind, Result},
-    io::{Buf, Io},
+    io::{Buf, Io, yield_now},
     units::{self, BLOCK, Block, check_range},
 };
 
 /// Blocks that one punch, under one lock, covers at most: 1 GiB.
 const PUNCH_BLOCKS: u64 = (1 << 30) / BLOCK;
+
+/// Pieces of a range after which others get their turn.
+const PIECES: usize = 16;
 
 impl<I: Io> Overlay<I> {
     /// Says that the range's content is no longer needed: blocks of data that it covers become
@@ -31,7 +34,8 @@ impl<I: Io> Overlay<I> {
     pub async fn discard(&self, io: &I, offset: u64, len: u64) -> Result<()> {
         let end = check_range(offset, len, self.size())?;
         self.check_poison()?;
-        for piece in pieces(offset..end) {
+        for (number, piece) in pieces(offset..end).enumerate() {
+            give_way(number).await;
             let mut inner = whole_blocks(&piece);
             while !inner.is_empty() {
                 self.before_change(io).await?;
@@ -53,7 +57,8 @@ impl<I: Io> Overlay<I> {
     ) -> Result<()> {
         let end = check_range(offset, len, self.size())?;
         self.check_poison()?;
-        for mut piece in pieces(offset..end) {
+        for (number, mut piece) in pieces(offset..end).enumerate() {
+            give_way(number).await;
             while !piece.is_empty() {
                 self.before_change(io).await?;
                 piece.start = self.zero_piece(io, base, piece.clone(), provision).await?;
@@ -84,8 +89,8 @@ impl<I: Io> Overlay<I> {
         let (first, last) = (inner.start * BLOCK, inner.end * BLOCK);
         self.zero_partial(io, base, offset..first).await?;
         match provision {
-            Provision::Keep => {
-                self.zero_in_place(io, first..last).await?;
+            Provision::Keep | Provision::KeepIfFast => {
+                self.zero_in_place(io, first..last, provision).await?;
                 self.changes.to_data(inner);
             }
             Provision::Release => {
@@ -120,14 +125,15 @@ impl<I: Io> Overlay<I> {
     }
 
     /// Zeros whole blocks of the data file and keeps their space allocated.
-    async fn zero_in_place(&self, io: &I, bytes: Range<u64>) -> Result<()> {
+    async fn zero_in_place(&self, io: &I, bytes: Range<u64>, provision: Provision) -> Result<()> {
         let zeroed = io.zero(&self.data, bytes.clone()).await;
         self.written(bytes.clone());
         let zeroed = zeroed
             .map_err(|error| self.failed(format_args!("zeroing data at {}", bytes.start), error));
         match zeroed {
             // Not every file system can: then they are written.
-            Err(error) if error.kind() == Kind::Unsupported => {}
+            Err(error)
+                if error.kind() == Kind::Unsupported && provision != Provision::KeepIfFast => {}
             done => return done,
         }
         let zeros: Buf = io.alloc(BOUNCE.min((bytes.end - bytes.start) as usize));
@@ -175,6 +181,13 @@ fn pieces(bytes: Range<u64>) -> impl Iterator<Item = Range<u64>> {
     const PIECE: u64 = BLOCKS_PER_PAGE * BLOCK;
     (bytes.start / PIECE..bytes.end.div_ceil(PIECE))
         .map(move |n| bytes.start.max(n * PIECE)..bytes.end.min((n + 1) * PIECE))
+}
+
+/// Lets others of this thread go on: one request can span terabytes.
+async fn give_way(piece: usize) {
+    if piece % PIECES == PIECES - 1 {
+        yield_now().await;
+    }
 }
 
 /// The blocks that lie wholly within the bytes. The last one of a device that ends within it never

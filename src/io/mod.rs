@@ -26,7 +26,13 @@ pub use buf::Buf;
 pub use ring::{Ring, RingFile};
 pub use rings::Rings;
 
-use std::{future::Future, io::Result, ops::Range, time::Duration};
+use std::{
+    future::{Future, poll_fn},
+    io::Result,
+    ops::Range,
+    task::Poll,
+    time::Duration,
+};
 
 /// Operations on open files, awaited on the thread that asked.
 ///
@@ -78,6 +84,19 @@ pub trait Io: Clone + 'static {
         file: &Self::File,
         offset: u64,
     ) -> impl Future<Output = Result<Option<Range<u64>>>>;
+}
+
+/// Lets the other tasks of this thread go on before the caller does.
+pub async fn yield_now() {
+    let mut yielded = false;
+    poll_fn(|context| match std::mem::replace(&mut yielded, true) {
+        true => Poll::Ready(()),
+        false => {
+            context.waker().wake_by_ref();
+            Poll::Pending
+        }
+    })
+    .await;
 }
 
 /// Reads any range of a file, also one that its alignment does not allow: by way of a buffer that

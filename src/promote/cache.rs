@@ -396,6 +396,13 @@ impl<I: Io> Cache<I> {
         self.size.saturating_sub(chunk.offset()).min(CHUNK) as usize
     }
 
+    /// Whether a read of the chunk would find it here at this moment.
+    pub fn is_present(&self, chunk: Chunk) -> bool {
+        let slot = self.slots.get(chunk);
+        slot.is_some_and(|slot| slot.state.load(Ordering::Relaxed) & PRESENT != 0)
+            && !self.is_closed()
+    }
+
     /// The chunks that are present, in order.
     pub fn present(&self) -> Vec<Chunk> {
         let present = |slot: &Slot| slot.state.load(Ordering::Relaxed) & PRESENT != 0;

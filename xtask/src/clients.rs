@@ -133,6 +133,12 @@ fn reading(bench: &Bench, report: &mut Report) {
         let zero = |extent: &Value| Some(extent["type"].as_u64()? & 2 != 0);
         map_agrees(&json(&map)?, ("offset", "length"), zero, &bench.reference)
     });
+    report.check(&name("nbdinfo --map=underlay:source"), || {
+        let args = ["--map=underlay:source", "--json", &bench.uri];
+        let map = tool("nbdinfo", args).out()?;
+        let zero = |extent: &Value| Some(extent["type"].as_u64()? == 0);
+        map_agrees(&json(&map)?, ("offset", "length"), zero, &bench.reference)
+    });
     report.check(&name("nbdinfo"), || info(bench));
     report.check(&name("nbdcopy to a file and to a pipe"), || {
         tool("nbdcopy", [bench.uri.as_ref(), out.as_os_str()]).run()?;
@@ -169,6 +175,7 @@ fn info(bench: &Bench) -> Result<String> {
     }
     let contexts = export["contexts"].to_string();
     ensure!(contexts.contains("base:allocation"), "no base:allocation but {contexts}");
+    ensure!(contexts.contains("underlay:source"), "no underlay:source but {contexts}");
     Ok(String::new())
 }
 

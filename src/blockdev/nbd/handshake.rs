@@ -19,16 +19,18 @@
 //!   is bounded by [`MAX_LISTING`].
 //! - Where TLS is due nothing is told or opened before it; [`Step::StartTls`] is the last of what was said in
 //!   the clear, and input behind it is for the caller to refuse.
+//! - Extended headers, once agreed on, stay so, and take the place of structured replies.
 //! - SET_META_CONTEXT replaces what was set before even where it fails, and holds for the named
 //!   export only.
 //!
 //! Not here: the time a client may take, and the number of clients; the server bounds both.
 
 use super::{
+    context::Contexts,
     options::{self, ContextQuery, ExportQuery, Fault, Wants, put_error, put_reply},
     task::Terms,
     wire::{
-        EXPORT_NAME_PADDING, GREETING, MAX_PAYLOAD, MAX_STRING, MIN_BLOCK, OPTION_HEADER,
+        EXPORT_NAME_PADDING, GREETING, Headers, MAX_PAYLOAD, MAX_STRING, MIN_BLOCK, OPTION_HEADER,
         OPTION_MAGIC, PREFERRED_BLOCK, displayable, handshake_flag, info, option, reply,
     },
 };
@@ -48,9 +50,6 @@ pub const MAX_HANDSHAKE: u64 = 16 << 20;
 /// The most bytes of a reply to LIST.
 pub const MAX_LISTING: usize = 16 << 20;
 
-/// The id of `base:allocation`; any would do.
-const ALLOCATION_ID: u32 = 1;
-
 /// One client's handshake.
 #[derive(Debug)]
 pub struct Handshake {
@@ -59,9 +58,9 @@ pub struct Handshake {
     /// What arrived of the client flags, the header or the data that is waited for.
     buffer: Vec<u8>,
     client: ClientFlags,
-    structured: bool,
-    /// The export for which `base:allocation` was chosen last.
-    allocation: Option<String>,
+    headers: Headers,
+    /// The contexts that were chosen last, and for which export.
+    contexts: Option<(String, Contexts)>,
     options: u32,
     bytes: u64,
 }
@@ -154,8 +153,8 @@ impl Handshake {
             secrecy,
             buffer: Vec::new(),
             client: ClientFlags::default(),
-            structured: false,
-            allocation: None,
+            headers: Headers::Simple,
+            contexts: None,
             options: 0,
             bytes: 0,
         }
@@ -230,8 +229,9 @@ impl Handshake {
                 return Step::Read;
             }
         };
-        let chosen = self.structured && self.allocation.as_ref() == Some(&query.name);
-        let terms = Terms::new(offer.info, self.structured, chosen.then_some(ALLOCATION_ID));
+        let chosen = self.contexts.as_ref().filter(|(export, _)| *export == query.name);
+        let contexts = chosen.map(|(_, contexts)| *contexts).unwrap_or_default();
+        let terms = Terms::new(offer.info, self.headers, contexts);
         let (size, flags) = (offer.info.size.to_be_bytes(), terms.flags.to_be_bytes());
         if option == option::EXPORT_NAME {
             output.extend(size);
@@ -328,6 +328,9 @@ impl Handshake {
             option::EXPORT_NAME if self.secrecy == Secrecy::Due => {
                 return broken("EXPORT_NAME before TLS".to_owned());
             }
+            option::EXPORT_NAME if self.headers == Headers::Extended => {
+                return broken("EXPORT_NAME after EXTENDED_HEADERS".to_owned());
+            }
             option::ABORT => {
                 put_reply(option, reply::ACK, &[], output);
                 Ok(Step::Close(Ending::Aborted))
@@ -344,8 +347,12 @@ impl Handshake {
                 self.state = State::Listing;
                 Step::List
             }),
-            option::STRUCTURED_REPLY => empty(data).map(|()| {
-                self.structured = true;
+            option::STRUCTURED_REPLY if self.headers == Headers::Extended => Err(EXTENDED),
+            option::STRUCTURED_REPLY | option::EXTENDED_HEADERS => empty(data).map(|()| {
+                self.headers = match option {
+                    option::EXTENDED_HEADERS => Headers::Extended,
+                    _ => Headers::Structured,
+                };
                 put_reply(option, reply::ACK, &[], output);
                 Step::Read
             }),
@@ -370,21 +377,26 @@ impl Handshake {
     fn contexts(&mut self, option: u32, data: &[u8], output: &mut Vec<u8>) -> Result<(), Fault> {
         let set = option == option::SET_META_CONTEXT;
         if set {
-            self.allocation = None;
+            self.contexts = None;
         }
-        if !self.structured {
+        if self.headers == Headers::Simple {
             let message = "metadata contexts need structured replies; negotiate those first";
             return Err(Fault { reply: reply::ERR_INVALID, message });
         }
-        let ContextQuery { name, everything, allocation, wildcard } = options::context_query(data)?;
+        let ContextQuery { name, everything, named, wildcards } = options::context_query(data)?;
         // Wildcards list but don't set, and an empty SET selects nothing.
-        let id = if set { ALLOCATION_ID } else { 0 };
-        if allocation || !set && (everything || wildcard) {
-            let parts = [&id.to_be_bytes()[..], options::ALLOCATION];
+        let told = match (set, everything) {
+            (true, _) => named,
+            (false, true) => Contexts::all(),
+            (false, false) => named.and(wildcards),
+        };
+        for context in told.iter() {
+            let id = if set { context.id() } else { 0 };
+            let parts = [&id.to_be_bytes()[..], context.name().as_bytes()];
             put_reply(option, reply::META_CONTEXT, &parts, output);
         }
-        if set && allocation {
-            self.allocation = Some(name);
+        if set {
+            self.contexts = Some((name, named));
         }
         put_reply(option, reply::ACK, &[], output);
         Ok(())
@@ -394,13 +406,10 @@ impl Handshake {
     fn drained(&mut self, option: u32, output: &mut Vec<u8>) -> Step {
         match option {
             option::ABORT => return self.option(option, &[], output),
-            option::SET_META_CONTEXT => self.allocation = None,
+            option::SET_META_CONTEXT => self.contexts = None,
             _ => (),
         }
-        let known = matches!(
-            option,
-            option::LIST | option::STRUCTURED_REPLY | option::INFO..=option::SET_META_CONTEXT
-        );
+        let known = matches!(option, option::LIST | option::INFO..=option::EXTENDED_HEADERS);
         let fault = match known {
             _ if self.secrecy == Secrecy::Due => TLS_DUE,
             true => TOO_BIG,
@@ -417,6 +426,10 @@ const TLS_DUE: Fault =
     Fault { reply: reply::ERR_TLS_REQD, message: "this server wants TLS first: STARTTLS" };
 const TLS_ALREADY: Fault =
     Fault { reply: reply::ERR_INVALID, message: "the connection is encrypted already" };
+const EXTENDED: Fault = Fault {
+    reply: reply::ERR_EXT_HEADER_REQD,
+    message: "extended headers were agreed on, and take the place of structured replies",
+};
 const UNSUPPORTED: Fault =
     Fault { reply: reply::ERR_UNSUP, message: "this server does not know the option" };
 

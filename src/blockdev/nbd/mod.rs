@@ -5,6 +5,7 @@
 //! or panics, whatever a client sends. `reception` takes clients in, by `tls` where they come
 //! over TCP, `server` keeps account of them, `session` serves their requests on a ring.
 
+pub mod context;
 pub mod handshake;
 mod options;
 mod reception;
@@ -14,8 +15,9 @@ pub mod task;
 pub mod tls;
 pub mod wire;
 
+pub use context::{Context, Contexts};
 pub use handshake::{Ending, Handshake, Negotiated, Offer, Secrecy, Step};
 pub use server::{Exports, Line, Pair, Server};
 pub use task::{Refusal, Task, Terms};
 pub use tls::{Tls, TlsFiles};
-pub use wire::Request;
+pub use wire::{Headers, Request};

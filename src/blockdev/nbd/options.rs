@@ -4,12 +4,11 @@
 //! up exactly; strings are UTF-8 without NUL and at most `MAX_STRING` bytes. What breaks a rule is a
 //! [`Fault`] to answer with. Parsing allocates no more than the name it returns.
 
-use super::wire::{self, MAX_STRING, displayable, info, reply};
+use super::{
+    context::{Context, Contexts},
+    wire::{self, MAX_STRING, displayable, info, reply},
+};
 
-/// The one metadata context served.
-pub const ALLOCATION: &[u8] = b"base:allocation";
-/// The query that lists every context of the namespace.
-const BASE: &[u8] = b"base:";
 /// The most queries in one option: far above what clients ask, far below what costs time.
 const MAX_QUERIES: u32 = 1024;
 
@@ -49,10 +48,10 @@ pub struct ContextQuery {
     pub name: String,
     /// The client asked for every context there is, by asking nothing.
     pub everything: bool,
-    /// Some query names `base:allocation`.
-    pub allocation: bool,
-    /// Some query is the wildcard `base:`.
-    pub wildcard: bool,
+    /// Those that queries name.
+    pub named: Contexts,
+    /// Those of namespaces that queries ask for as a whole.
+    pub wildcards: Contexts,
 }
 
 /// A name as the protocol allows it.
@@ -95,13 +94,16 @@ pub fn context_query(data: &[u8]) -> Result<ContextQuery, Fault> {
     if count > MAX_QUERIES {
         return fault(reply::ERR_TOO_BIG, "more than 1024 queries");
     }
-    let mut query =
-        ContextQuery { name, everything: count == 0, allocation: false, wildcard: false };
+    let (mut named, mut wildcards) = (Contexts::default(), Contexts::default());
     for _ in 0..count {
-        let context = fields.string()?;
-        query.allocation |= context == ALLOCATION;
-        query.wildcard |= context == BASE;
+        let asked = fields.string()?;
+        let of = |text: fn(Context) -> &'static str| {
+            Context::ALL.into_iter().filter(move |it| text(*it).as_bytes() == asked).collect()
+        };
+        named = named.and(of(Context::name));
+        wildcards = wildcards.and(of(Context::namespace));
     }
+    let query = ContextQuery { name, everything: count == 0, named, wildcards };
     match fields.0 {
         [] => Ok(query),
         _ => fault(reply::ERR_INVALID, "more data than queries"),
@@ -185,7 +187,11 @@ mod tests {
         assert_eq!(export_query(&go), Ok(ExportQuery { name: "image/a".into(), wants }));
         let meta = queries(b"image/a", &[b"base:allocation", b"base:", b"qemu:x", b"", b"nocolon"]);
         let query = context_query(&meta).unwrap();
-        assert!(query.allocation && query.wildcard && !query.everything);
+        let allocation: Contexts = [Context::Allocation].into_iter().collect();
+        assert_eq!(
+            (query.named, query.wildcards, query.everything),
+            (allocation, allocation, false)
+        );
         for cut in 0..go.len() {
             assert_eq!(export_query(&go[..cut]).unwrap_err().reply, reply::ERR_INVALID, "{cut}");
         }

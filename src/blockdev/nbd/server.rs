@@ -25,7 +25,7 @@ use tokio::{
 };
 
 use super::{
-    Terms, Tls,
+    Contexts, Headers, Terms, Tls,
     reception::{CLIENT_SOCKET, Caller, Listener, Settled},
     session, tls,
 };
@@ -177,7 +177,7 @@ impl Server {
         })?;
         let (socket, own) = std::os::unix::net::UnixStream::pair()
             .context(|| format!("{}: making a connection", export.name))?;
-        let terms = Terms::new(export.device.info(), false, None);
+        let terms = Terms::new(export.device.info(), Headers::Simple, Contexts::default());
         let (shared, socket_of) = (self.shared.clone(), OwnedFd::from(own));
         let session = shared.remember(socket_of, export, Client::Kernel);
         // After it can be seen: `stop` either sees the session or is seen here.

@@ -26,12 +26,13 @@ use std::{
 use nix::sys::socket::{Shutdown, shutdown};
 
 use super::{
+    context::{Context, Contexts},
     task::{Durability, Refusal, Task, Terms},
-    wire::{self, Command, Place, REQUEST_HEADER, Request},
+    wire::{Answer, Command, Headers, MAX_PAYLOAD, Place, REQUEST_HEADER, Request, error},
 };
 use crate::{
     blockdev::{
-        Device, Extent,
+        Device, Extent, Provision,
         device::caught,
         figures::{Operation, Operations},
     },
@@ -49,6 +50,9 @@ pub const MAX_REQUESTS: usize = 128;
 /// Bytes of requests and replies that a connection may have in memory, unless one request alone
 /// is larger.
 pub const MAX_BYTES: usize = 8 << 20;
+
+/// The longest payload of a BLOCK_STATUS that can be one: a length, and every context there is.
+const FILTER: usize = 8 + 4 * Context::ALL.len();
 
 /// Bytes of the receive buffer: some thirty writes of 4 KiB.
 const RECEIVE: usize = 128 << 10;
@@ -132,7 +136,7 @@ struct Session<D> {
 
 /// A request to serve: what it asks, and the data it brought.
 struct Work {
-    cookie: u64,
+    answer: Answer,
     task: Task,
     /// The data of a write; the memory for a read; empty otherwise.
     buf: Option<Buf>,
@@ -152,13 +156,19 @@ impl<D: Device<Ring>> Session<D> {
         let mut input = Input::new(self, early);
         loop {
             let mut header = [0; REQUEST_HEADER];
-            if !input.header(&mut header).await? {
+            let headers = self.terms.headers;
+            if !input.take(&mut header[..headers.request()]).await? {
                 return Ok(());
             }
-            let request = Request::decode(&header)
-                .map_err(|error| io::Error::new(io::ErrorKind::InvalidData, error))?;
+            let invalid = |error| io::Error::new(io::ErrorKind::InvalidData, error);
+            let request = Request::decode(headers, &header).map_err(invalid)?;
             if request.command == Command::Disconnect {
                 return Ok(());
+            }
+            if headers == Headers::Extended && request.payload > u64::from(MAX_PAYLOAD) {
+                // Of 64 bits: it is not waited for until that is skipped.
+                let what = format!("a request with a payload of {} bytes", request.payload);
+                return Err(io::Error::new(io::ErrorKind::InvalidData, what));
             }
             self.admit(&request, &mut input).await?;
             if self.phase.get() == Phase::Broken {
@@ -170,13 +180,24 @@ impl<D: Device<Ring>> Session<D> {
 
     /// Takes the request's payload and hands it to a worker, or refuses it.
     async fn admit(self: &Rc<Self>, request: &Request, input: &mut Input<'_, D>) -> io::Result<()> {
-        let cookie = request.cookie;
-        let task = match Task::of(request, self.device.info(), &self.terms) {
+        let answer =
+            Answer { headers: self.terms.headers, cookie: request.cookie, offset: request.offset };
+        let (mut filter, mut payload) = ([0; FILTER], request.payload);
+        let mut filtered = 0;
+        if request.command == Command::BlockStatus && payload > 0 && payload <= FILTER as u64 {
+            filtered = payload as usize;
+            if !input.take(&mut filter[..filtered]).await? {
+                return Err(io::ErrorKind::UnexpectedEof.into());
+            }
+            payload = 0;
+        }
+        let filter = &filter[..filtered];
+        let task = match Task::of(request, filter, self.device.info(), &self.terms) {
             Ok(task) => task,
             Err(Refusal { error, message }) => {
-                input.skip(request.payload()).await?;
+                input.skip(payload).await?;
                 self.take_credit(0).await;
-                self.reply(0, self.failure(request.command, cookie, error, message));
+                self.reply(0, failure(answer, request.command, error, message));
                 return Ok(());
             }
         };
@@ -193,7 +214,7 @@ impl<D: Device<Ring>> Session<D> {
             return Err(error);
         }
         let arrived = Instant::now();
-        self.queue.borrow_mut().push_back(Work { cookie, task, buf, bytes, arrived });
+        self.queue.borrow_mut().push_back(Work { answer, task, buf, bytes, arrived });
         let idle = self.idle.borrow_mut().pop();
         match idle {
             Some(worker) => worker.wake(),
@@ -226,9 +247,9 @@ impl<D: Device<Ring>> Session<D> {
 
     /// A worker: serves requests until the session closes.
     async fn work(self: Rc<Self>) {
-        while let Some(Work { cookie, task, buf, bytes, arrived }) = self.next_work().await {
+        while let Some(Work { answer, task, buf, bytes, arrived }) = self.next_work().await {
             let panicked = || Err(Error::new(Kind::Io, "serving it panicked"));
-            let served = caught(self.serve(cookie, task, buf)).await.unwrap_or_else(panicked);
+            let served = caught(self.serve(answer, task, buf)).await.unwrap_or_else(panicked);
             if let Some((operation, len)) = counted(task) {
                 self.figures.record(operation, len, arrived.elapsed(), &served);
             }
@@ -241,7 +262,7 @@ impl<D: Device<Ring>> Session<D> {
                         Task::BlockStatus { .. } => Command::BlockStatus,
                         _ => Command::Write,
                     };
-                    self.failure(command, cookie, error.kind().nbd(), &error.to_string())
+                    failure(answer, command, code(task, &error), &error.to_string())
                 }
             };
             self.reply(bytes, part);
@@ -265,17 +286,12 @@ impl<D: Device<Ring>> Session<D> {
         .await
     }
 
-    async fn serve(&self, cookie: u64, task: Task, buf: Option<Buf>) -> Result<Part> {
+    async fn serve(&self, answer: Answer, task: Task, buf: Option<Buf>) -> Result<Part> {
         let (device, ring) = (&*self.device, &self.ring);
         let durability = match (task, buf) {
             (Task::Read { offset, len, .. }, Some(buf)) => {
                 device.read(ring, offset, buf.clone()).await?;
-                return Ok(match self.terms.structured {
-                    true => {
-                        Part::new(&wire::data_chunk(cookie, Place::Last, offset, len), Some(buf))
-                    }
-                    false => Part::new(&wire::simple_reply(cookie, 0), Some(buf)),
-                });
+                return Ok(Part::new(&answer.data(len), Some(buf)));
             }
             (Task::Write { offset, durability, .. }, Some(buf)) => {
                 device.write(ring, offset, buf).await?;
@@ -294,43 +310,37 @@ impl<D: Device<Ring>> Session<D> {
                 device.prefetch(ring, offset, len).await?;
                 Durability::Cached
             }
-            (Task::BlockStatus { offset, len, context, limit }, _) => {
-                return Ok(self.status(cookie, offset, len, context, limit));
+            (Task::BlockStatus { offset, len, contexts, limit }, _) => {
+                return Ok(self.status(answer, offset, len, contexts, limit));
             }
             (Task::Nothing | Task::Disconnect | Task::Read { .. } | Task::Write { .. }, _) => {
-                return Ok(self.done(cookie));
+                return Ok(Part::new(&answer.done(), None));
             }
         };
         if durability == Durability::Durable {
             device.flush(ring).await?;
         }
-        Ok(self.done(cookie))
+        Ok(Part::new(&answer.done(), None))
     }
 
-    fn status(&self, cookie: u64, offset: u64, len: u64, context: u32, limit: usize) -> Part {
+    /// A chunk for each context, in one part.
+    fn status(
+        &self,
+        answer: Answer,
+        offset: u64,
+        len: u64,
+        contexts: Contexts,
+        limit: usize,
+    ) -> Part {
         let mut extents: Vec<Extent> = Vec::new();
-        self.device.extents(offset, len, limit, &mut extents);
-        let mut chunk = Vec::new();
-        wire::status_chunk(cookie, context, &extents, len, limit, &mut chunk);
-        Part::new(&[], Some(Buf::from_bytes(&chunk)))
-    }
-
-    /// Success without data. A READ of nothing is answered as READs are.
-    fn done(&self, cookie: u64) -> Part {
-        match self.terms.structured {
-            true => Part::new(&wire::none_chunk(cookie), None),
-            false => Part::new(&wire::simple_reply(cookie, 0), None),
+        self.device.extents(offset, len, contexts.grain(), limit, &mut extents);
+        let (mut chunks, mut left) = (Vec::new(), contexts.len());
+        for context in contexts.iter() {
+            left -= 1;
+            let place = if left == 0 { Place::Last } else { Place::Middle };
+            answer.status(place, context, &extents, len, limit, &mut chunks);
         }
-    }
-
-    fn failure(&self, command: Command, cookie: u64, code: u32, message: &str) -> Part {
-        let chunked = matches!(command, Command::Read | Command::BlockStatus);
-        if !(self.terms.structured && chunked) {
-            return Part::new(&wire::simple_reply(cookie, code), None);
-        }
-        let mut chunk = Vec::new();
-        wire::error_chunk(cookie, code, message, &mut chunk);
-        Part::new(&[], Some(Buf::from_bytes(&chunk)))
+        Part::new(&[], Some(Buf::from_bytes(&chunks)))
     }
 
     fn reply(&self, bytes: usize, part: Part) {
@@ -383,6 +393,29 @@ impl<D: Device<Ring>> Session<D> {
     }
 }
 
+/// Where requests and replies are not extended, what is no question for data fails by a simple reply.
+fn failure(answer: Answer, command: Command, code: u32, message: &str) -> Part {
+    let chunked = matches!(command, Command::Read | Command::BlockStatus);
+    let headers = match answer.headers {
+        Headers::Structured if !chunked => Headers::Simple,
+        headers => headers,
+    };
+    let mut reply = Vec::new();
+    Answer { headers, ..answer }.failure(code, message, &mut reply);
+    Part::new(&[], Some(Buf::from_bytes(&reply)))
+}
+
+/// The code of what failed.
+fn code(task: Task, failed: &Error) -> u32 {
+    match (task, failed.kind()) {
+        // The one thing that ENOTSUP stands for.
+        (Task::WriteZeroes { provision: Provision::KeepIfFast, .. }, Kind::Unsupported) => {
+            error::ENOTSUP
+        }
+        (_, kind) => kind.nbd(),
+    }
+}
+
 /// What a task is counted as, and the bytes that it is about; hints and questions are not counted.
 fn counted(task: Task) -> Option<(Operation, u64)> {
     Some(match task {
@@ -412,9 +445,9 @@ impl<'a, D> Input<'a, D> {
         Input { session, buf, start: 0, end: early.len() }
     }
 
-    /// The next header; false at a clean end of the stream.
-    async fn header(&mut self, header: &mut [u8; REQUEST_HEADER]) -> io::Result<bool> {
-        while self.end - self.start < REQUEST_HEADER {
+    /// Takes as many bytes as there is room for; false at a clean end of the stream.
+    async fn take(&mut self, bytes: &mut [u8]) -> io::Result<bool> {
+        while self.end - self.start < bytes.len() {
             let rest = self.buf.slice(self.start..self.end);
             self.buf.copy_from_buf(&rest);
             (self.start, self.end) = (0, rest.len());
@@ -425,8 +458,8 @@ impl<'a, D> Input<'a, D> {
                 };
             }
         }
-        self.buf.slice(self.start..self.end).copy_to(header);
-        self.start += REQUEST_HEADER;
+        self.buf.slice(self.start..self.start + bytes.len()).copy_to(bytes);
+        self.start += bytes.len();
         Ok(true)
     }
 

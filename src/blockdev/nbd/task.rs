@@ -8,7 +8,10 @@
 //!
 //! Pure: the caller drains a refused WRITE's payload.
 
-use super::wire::{Command, MAX_DESCRIPTORS, MAX_PAYLOAD, Request, command_flag, error, flag};
+use super::{
+    context::Contexts,
+    wire::{Command, Headers, MAX_DESCRIPTORS, MAX_PAYLOAD, Request, command_flag, error, flag},
+};
 use crate::{
     blockdev::{Info, Provision},
     units::check_range,
@@ -64,15 +67,15 @@ pub enum Task {
         /// When to answer.
         durability: Durability,
     },
-    /// Tell the allocation of the range.
+    /// Tell what is known of the range.
     BlockStatus {
         /// First byte.
         offset: u64,
         /// Bytes, at least 1.
         len: u64,
-        /// The metadata context that was negotiated.
-        context: u32,
-        /// The most descriptors in the answer.
+        /// The metadata contexts that are asked for; never none.
+        contexts: Contexts,
+        /// The most descriptors in the answer, for each context.
         limit: usize,
     },
     /// Finish what is under way, then close; there is no answer.
@@ -113,16 +116,16 @@ pub struct Refusal {
 pub struct Terms {
     /// The transmission flags that the client was sent.
     pub flags: u16,
-    /// READ is answered in chunks, never by a simple reply; others may be.
-    pub structured: bool,
-    /// The id of `base:allocation`, if the client chose it for this export.
-    pub allocation: Option<u32>,
+    /// How requests and replies are laid out.
+    pub headers: Headers,
+    /// The metadata contexts that the client chose for this export; none without chunks.
+    pub contexts: Contexts,
 }
 
 impl Terms {
     /// Terms for an export like `info`. Every connection sees one cache, and a flush on any of them
     /// covers the writes of all: that is the contract of a `Device`, hence MULTI_CONN.
-    pub fn new(info: Info, structured: bool, allocation: Option<u32>) -> Terms {
+    pub fn new(info: Info, headers: Headers, contexts: Contexts) -> Terms {
         let mut flags = flag::HAS_FLAGS
             | flag::SEND_FLUSH
             | flag::SEND_FUA
@@ -130,23 +133,37 @@ impl Terms {
             | flag::SEND_CACHE;
         flags |= match info.read_only {
             true => flag::READ_ONLY,
-            false => flag::SEND_TRIM | flag::SEND_WRITE_ZEROES,
+            false => flag::SEND_TRIM | flag::SEND_WRITE_ZEROES | flag::SEND_FAST_ZERO,
         };
         if info.rotational {
             flags |= flag::ROTATIONAL;
         }
-        if structured {
-            flags |= flag::SEND_DF;
+        let contexts = match headers {
+            Headers::Simple => Contexts::default(),
+            Headers::Structured | Headers::Extended => {
+                flags |= flag::SEND_DF;
+                contexts
+            }
+        };
+        if headers == Headers::Extended && !contexts.is_empty() {
+            flags |= flag::BLOCK_STATUS_PAYLOAD;
         }
-        Terms { flags, structured, allocation }
+        Terms { flags, headers, contexts }
     }
 
     /// The flags that may come with a command.
-    const fn allowed(&self, command: Command) -> u16 {
+    fn allowed(&self, command: Command) -> u16 {
         let special = match command {
             Command::Read if self.flags & flag::SEND_DF != 0 => command_flag::DF,
+            Command::WriteZeroes if self.flags & flag::SEND_FAST_ZERO != 0 => {
+                command_flag::NO_HOLE | command_flag::FAST_ZERO
+            }
             Command::WriteZeroes => command_flag::NO_HOLE,
+            Command::BlockStatus if self.flags & flag::BLOCK_STATUS_PAYLOAD != 0 => {
+                command_flag::REQ_ONE | command_flag::PAYLOAD_LEN
+            }
             Command::BlockStatus => command_flag::REQ_ONE,
+            Command::Write if self.headers == Headers::Extended => command_flag::PAYLOAD_LEN,
             _ => 0,
         };
         // Clients are known to set FUA on commands that write nothing; it must be accepted.
@@ -155,8 +172,14 @@ impl Terms {
 }
 
 impl Task {
-    /// What `request` asks of an export that is like `info` now.
-    pub fn of(request: &Request, info: Info, terms: &Terms) -> Result<Task, Refusal> {
+    /// What `request` asks of an export that is like `info` now. `filter` is the payload of a BLOCK_STATUS
+    /// that has one.
+    pub fn of(
+        request: &Request,
+        filter: &[u8],
+        info: Info,
+        terms: &Terms,
+    ) -> Result<Task, Refusal> {
         let Request { flags, command, offset, length: len, .. } = *request;
         if flags & !terms.allowed(command) != 0 && command != Command::Disconnect {
             return refuse(error::EINVAL, "a flag that this command does not take here");
@@ -175,6 +198,9 @@ impl Task {
                 Task::Read { offset, len: payload(request, terms)?, fragments }
             }
             Command::Write => {
+                if terms.headers == Headers::Extended && flags & command_flag::PAYLOAD_LEN == 0 {
+                    return refuse(error::EINVAL, "a write without its payload");
+                }
                 writable(info)?;
                 within(request, info, error::ENOSPC)?;
                 Task::Write { offset, len: payload(request, terms)?, durability }
@@ -187,8 +213,11 @@ impl Task {
             Command::WriteZeroes => {
                 writable(info)?;
                 within(request, info, error::ENOSPC)?;
+                // Giving space back takes no writing of zeros: it is as fast as can be.
+                let fast = flags & command_flag::FAST_ZERO != 0;
                 let provision = match flags & command_flag::NO_HOLE {
                     0 => Provision::Release,
+                    _ if fast => Provision::KeepIfFast,
                     _ => Provision::Keep,
                 };
                 Task::WriteZeroes { offset, len, provision, durability }
@@ -198,10 +227,14 @@ impl Task {
                 Task::Cache { offset, len }
             }
             Command::BlockStatus => {
-                let Some(context) = terms.allocation else {
+                if terms.contexts.is_empty() {
                     return refuse(error::EINVAL, "no metadata context was chosen for this export");
+                }
+                let (len, contexts) = match flags & command_flag::PAYLOAD_LEN {
+                    0 => (len, terms.contexts),
+                    _ => filtered(filter, terms.contexts)?,
                 };
-                within(request, info, error::EINVAL)?;
+                within(&Request { length: len, ..*request }, info, error::EINVAL)?;
                 if len == 0 {
                     // There is no descriptor of 0 bytes to answer with.
                     return refuse(error::EINVAL, "a status of no bytes");
@@ -210,7 +243,7 @@ impl Task {
                     0 => MAX_DESCRIPTORS,
                     _ => 1,
                 };
-                Task::BlockStatus { offset, len, context, limit }
+                return Ok(Task::BlockStatus { offset, len, contexts, limit });
             }
             Command::Flush if offset == 0 && len == 0 => return Ok(Task::Flush),
             Command::Flush => {
@@ -220,6 +253,27 @@ impl Task {
             Command::Unknown(_) => return refuse(error::EINVAL, "unknown command"),
         };
         Ok(if len == 0 { Task::Nothing } else { task })
+    }
+}
+
+/// The length and the contexts that the payload of a BLOCK_STATUS asks for.
+fn filtered(filter: &[u8], chosen: Contexts) -> Result<(u64, Contexts), Refusal> {
+    let (len, ids) = match filter.split_first_chunk() {
+        Some((len, ids)) if !ids.is_empty() && ids.len().is_multiple_of(4) => {
+            (u64::from_be_bytes(*len), ids)
+        }
+        _ => {
+            return refuse(
+                error::EINVAL,
+                "a status whose payload is no length and list of contexts",
+            );
+        }
+    };
+    let of = |id: &[u8]| chosen.iter().find(|context| context.id().to_be_bytes() == *id);
+    let contexts: Option<Contexts> = ids.chunks(4).map(of).collect();
+    match contexts {
+        Some(contexts) if contexts.len() == ids.len() / 4 => Ok((len, contexts)),
+        _ => refuse(error::EINVAL, "a status of contexts that were not chosen, or of one twice"),
     }
 }
 
@@ -243,7 +297,7 @@ fn payload(request: &Request, terms: &Terms) -> Result<u32, Refusal> {
     match u32::try_from(request.length) {
         Ok(len) if len <= MAX_PAYLOAD => Ok(len),
         // The protocol has EOVERFLOW for long reads, and only for clients that know chunks.
-        _ if request.command == Command::Read && terms.structured => {
+        _ if request.command == Command::Read && terms.headers != Headers::Simple => {
             refuse(error::EOVERFLOW, "more than 32 MiB in one read; ask for less at a time")
         }
         _ => refuse(error::EINVAL, "more than 32 MiB in one request; ask for less at a time"),
@@ -257,16 +311,30 @@ fn refuse<T>(error: u32, message: &'static str) -> Result<T, Refusal> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::blockdev::nbd::Context;
 
     const SIZE: u64 = 64 << 20;
     const INFO: Info = Info { size: SIZE, read_only: false, rotational: false };
 
     fn ask(command: Command, flags: u16, offset: u64, length: u64) -> Request {
-        Request { flags, command, cookie: 1, offset, length }
+        let payload = if command == Command::Write { length } else { 0 };
+        Request { flags, command, cookie: 1, offset, length, payload }
     }
 
     fn code(request: Request, info: Info, terms: &Terms) -> u32 {
-        Task::of(&request, info, terms).err().map_or(0, |refusal| refusal.error)
+        Task::of(&request, &[], info, terms).err().map_or(0, |refusal| refusal.error)
+    }
+
+    fn allocation() -> Contexts {
+        [Context::Allocation].into_iter().collect()
+    }
+
+    fn simple(info: Info) -> Terms {
+        Terms::new(info, Headers::Simple, Contexts::default())
+    }
+
+    fn structured(info: Info) -> Terms {
+        Terms::new(info, Headers::Structured, allocation())
     }
 
     const ALL: [Command; 9] = [
@@ -284,7 +352,7 @@ mod tests {
     #[test]
     fn ranges_are_refused_by_the_table() {
         use error::{EINVAL, ENOSPC};
-        let terms = Terms::new(INFO, true, Some(1));
+        let terms = structured(INFO);
         let table = [
             (Command::Read, EINVAL),
             (Command::Write, ENOSPC),
@@ -314,7 +382,7 @@ mod tests {
     #[test]
     fn read_only_exports_refuse_changes_whatever_the_range() {
         let info = Info { read_only: true, ..INFO };
-        let terms = Terms::new(info, true, Some(1));
+        let terms = structured(info);
         for command in ALL {
             let writes = matches!(command, Command::Write | Command::Trim | Command::WriteZeroes);
             for offset in [0, SIZE] {
@@ -326,7 +394,7 @@ mod tests {
 
     #[test]
     fn flags_are_refused_where_they_mean_nothing() {
-        let (structured, simple) = (Terms::new(INFO, true, Some(1)), Terms::new(INFO, false, None));
+        let (structured, simple) = (structured(INFO), simple(INFO));
         for command in ALL {
             for bit in 0..16 {
                 let flag = 1 << bit;
@@ -335,7 +403,9 @@ mod tests {
                     Command::Unknown(_) => false,
                     _ if flag == command_flag::FUA => true,
                     Command::Read => flag == command_flag::DF,
-                    Command::WriteZeroes => flag == command_flag::NO_HOLE,
+                    Command::WriteZeroes => {
+                        flag == command_flag::NO_HOLE || flag == command_flag::FAST_ZERO
+                    }
                     Command::BlockStatus => flag == command_flag::REQ_ONE,
                     _ => false,
                 };
@@ -351,7 +421,7 @@ mod tests {
     #[test]
     fn sizes_are_bounded_and_nothing_is_nothing() {
         let info = Info { size: 1 << 40, ..INFO };
-        let (structured, simple) = (Terms::new(info, true, Some(1)), Terms::new(info, false, None));
+        let (structured, simple) = (structured(info), simple(info));
         let max = u64::from(MAX_PAYLOAD);
         let table = [
             (Command::Read, error::EOVERFLOW, error::EINVAL),
@@ -369,7 +439,7 @@ mod tests {
                 assert_eq!(code(request, info, &simple), no_chunks, "{command:?} of {length}");
             }
             assert_eq!(code(ask(command, 0, 0, max), info, &structured), 0);
-            let none = Task::of(&ask(command, 0, 5, 0), info, &structured);
+            let none = Task::of(&ask(command, 0, 5, 0), &[], info, &structured);
             assert_eq!(none.is_err(), status, "{command:?} of nothing");
             assert!(status || none == Ok(Task::Nothing));
         }
@@ -379,8 +449,8 @@ mod tests {
 
     #[test]
     fn tasks_carry_what_the_flags_say() {
-        let terms = Terms::new(INFO, true, Some(9));
-        let of = |command, flags| Task::of(&ask(command, flags, 3, 5), INFO, &terms);
+        let terms = structured(INFO);
+        let of = |command, flags| Task::of(&ask(command, flags, 3, 5), &[], INFO, &terms);
         let (offset, len) = (3, 5);
         assert_eq!(
             of(Command::Read, command_flag::DF),
@@ -410,22 +480,94 @@ mod tests {
         );
         assert_eq!(
             of(Command::BlockStatus, command_flag::REQ_ONE),
-            Ok(Task::BlockStatus { offset, len, context: 9, limit: 1 })
+            Ok(Task::BlockStatus { offset, len, contexts: allocation(), limit: 1 })
         );
         assert_eq!(
             of(Command::BlockStatus, 0),
-            Ok(Task::BlockStatus { offset, len, context: 9, limit: MAX_DESCRIPTORS })
+            Ok(Task::BlockStatus { offset, len, contexts: allocation(), limit: MAX_DESCRIPTORS })
+        );
+    }
+
+    #[test]
+    fn what_extended_requests_ask_for() {
+        let terms = |contexts| Terms::new(INFO, Headers::Extended, contexts);
+        let both = terms(Contexts::all());
+        let of = |command, flags, len, filter: &[u8], terms: &Terms| {
+            let request = ask(command, flags, 4096, len);
+            Task::of(&request, filter, INFO, terms).map_err(|refusal| refusal.error)
+        };
+        let payload = command_flag::PAYLOAD_LEN;
+        assert!(matches!(of(Command::Write, payload, 512, &[], &both), Ok(Task::Write { .. })));
+        assert_eq!(of(Command::Write, 0, 512, &[], &both), Err(error::EINVAL), "no payload");
+        for command in [Command::Read, Command::Flush, Command::Trim, Command::WriteZeroes] {
+            assert_eq!(of(command, payload, 512, &[], &both), Err(error::EINVAL), "{command:?}");
+        }
+        let status =
+            |len, contexts, limit| Task::BlockStatus { offset: 4096, len, contexts, limit };
+        let all = status(512, Contexts::all(), MAX_DESCRIPTORS);
+        assert_eq!(of(Command::BlockStatus, 0, 512, &[], &both), Ok(all));
+        let filter = |len: u64, ids: &[u32]| -> Vec<u8> {
+            let ids = ids.iter().flat_map(|id| id.to_be_bytes());
+            len.to_be_bytes().into_iter().chain(ids).collect()
+        };
+        let ask = |filter: &[u8], terms: &Terms| {
+            let flags = payload | command_flag::REQ_ONE;
+            of(Command::BlockStatus, flags, filter.len() as u64, filter, terms)
+        };
+        let source: Contexts = [Context::Source].into_iter().collect();
+        assert_eq!(ask(&filter(1024, &[2]), &both), Ok(status(1024, source, 1)));
+        assert_eq!(ask(&filter(1024, &[2, 1]), &both), Ok(status(1024, Contexts::all(), 1)));
+        let refused = [
+            filter(1024, &[]),
+            filter(1024, &[1, 1]),
+            filter(1024, &[3]),
+            filter(0, &[1]),
+            filter(SIZE, &[1]),
+            filter(u64::MAX, &[1]),
+            filter(1024, &[1])[..11].to_vec(),
+            filter(1024, &[1])[..7].to_vec(),
+            vec![],
+        ];
+        for filter in refused {
+            assert_eq!(ask(&filter, &both), Err(error::EINVAL), "{filter:?}");
+        }
+        assert_eq!(ask(&filter(1024, &[2]), &terms(allocation())), Err(error::EINVAL));
+        assert_eq!(ask(&filter(1024, &[1]), &terms(Contexts::default())), Err(error::EINVAL));
+        assert_eq!(ask(&filter(1024, &[1]), &structured(INFO)), Err(error::EINVAL));
+    }
+
+    #[test]
+    fn zeroing_is_fast_where_that_is_asked() {
+        let provision = |flags| match Task::of(
+            &ask(Command::WriteZeroes, flags, 0, 512),
+            &[],
+            INFO,
+            &simple(INFO),
+        ) {
+            Ok(Task::WriteZeroes { provision, .. }) => provision,
+            other => panic!("{other:?}"),
+        };
+        let (fast, keep) = (command_flag::FAST_ZERO, command_flag::NO_HOLE);
+        assert_eq!([provision(0), provision(fast)], [Provision::Release; 2]);
+        assert_eq!(
+            [provision(keep), provision(keep | fast)],
+            [Provision::Keep, Provision::KeepIfFast]
         );
     }
 
     #[test]
     fn terms_tell_what_the_export_can() {
-        let flags = |read_only, rotational, structured| {
-            Terms::new(Info { size: SIZE, read_only, rotational }, structured, None).flags
+        let flags = |read_only, rotational, headers, contexts| {
+            Terms::new(Info { size: SIZE, read_only, rotational }, headers, contexts).flags
         };
-        // HAS_FLAGS, FLUSH, FUA, TRIM, WRITE_ZEROES, MULTI_CONN, CACHE.
-        assert_eq!(flags(false, false, false), 0b101_0110_1101);
-        assert_eq!(flags(true, false, false), 0b101_0000_1111);
-        assert_eq!(flags(true, true, true), 0b101_1001_1111);
+        let none = Contexts::default();
+        // HAS_FLAGS, FLUSH, FUA, TRIM, WRITE_ZEROES, MULTI_CONN, CACHE, FAST_ZERO.
+        assert_eq!(flags(false, false, Headers::Simple, none), 0b1101_0110_1101);
+        assert_eq!(flags(true, false, Headers::Simple, allocation()), 0b101_0000_1111);
+        assert_eq!(flags(true, true, Headers::Structured, allocation()), 0b101_1001_1111);
+        assert_eq!(flags(true, true, Headers::Extended, none), 0b101_1001_1111);
+        assert_eq!(flags(true, true, Headers::Extended, allocation()), 0b1_0101_1001_1111);
+        let terms = Terms::new(INFO, Headers::Simple, allocation());
+        assert!(terms.contexts.is_empty(), "no chunks, no status");
     }
 }

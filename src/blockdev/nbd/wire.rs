@@ -7,8 +7,8 @@
 //!   keeps its capacity: no allocation in steady state.
 //!
 //! Not here: which requests are allowed (`task`), the handshake's options (`options`, `handshake`).
-//! [`Request::length`] is wider than today's 28-byte header needs: extended headers carry 64 bits.
 
+use super::context::Context;
 use crate::blockdev::Extent;
 
 /// First magic of the server's greeting, "NBDMAGIC".
@@ -19,6 +19,10 @@ pub const OPTION_MAGIC: u64 = 0x4948_4156_454f_5054;
 pub const OPTION_REPLY_MAGIC: u64 = 0x0003_e889_0455_65a9;
 /// Magic of a request with a 28-byte header.
 pub const REQUEST_MAGIC: u32 = 0x2560_9513;
+/// Magic of a request with a 32-byte header.
+pub const EXTENDED_REQUEST_MAGIC: u32 = 0x21e4_1c71;
+/// Magic of a chunk with a 32-byte header.
+pub const EXTENDED_CHUNK_MAGIC: u32 = 0x6e8a_278c;
 /// Magic of a simple reply.
 pub const SIMPLE_REPLY_MAGIC: u32 = 0x6744_6698;
 /// Magic of a chunk of a structured reply.
@@ -26,13 +30,13 @@ pub const CHUNK_MAGIC: u32 = 0x668e_33ef;
 
 /// Bytes of an option's header: magic, option, length.
 pub const OPTION_HEADER: usize = 16;
-/// Bytes of a request's header.
-pub const REQUEST_HEADER: usize = 28;
+/// Bytes of a request's header, the longer kind.
+pub const REQUEST_HEADER: usize = 32;
 /// Bytes of a simple reply before its data.
 pub const SIMPLE_REPLY: usize = 16;
-/// Bytes of a chunk's header before its payload.
-pub const CHUNK_HEADER: usize = 20;
-/// Bytes before the data of an OFFSET_DATA chunk: header and offset.
+/// Bytes of a chunk's header before its payload, the longer kind.
+pub const CHUNK_HEADER: usize = 32;
+/// Bytes before the data of an OFFSET_DATA chunk, at most: header and offset.
 pub const DATA_HEADER: usize = CHUNK_HEADER + 8;
 /// Zeroes after the answer to EXPORT_NAME, unless the client does without.
 pub const EXPORT_NAME_PADDING: usize = 124;
@@ -136,17 +140,11 @@ pub mod chunk {
     pub const OFFSET_DATA: u16 = 1;
     pub const OFFSET_HOLE: u16 = 2;
     pub const BLOCK_STATUS: u16 = 5;
+    pub const BLOCK_STATUS_EXT: u16 = 6;
     pub const ERROR: u16 = (1 << 15) + 1;
     pub const ERROR_OFFSET: u16 = (1 << 15) + 2;
     /// The flag of a reply's last chunk.
     pub const DONE: u16 = 1 << 0;
-}
-
-/// States of an extent in the context `base:allocation`.
-#[allow(missing_docs, reason = "the protocol's own names")]
-pub mod state {
-    pub const HOLE: u32 = 1 << 0;
-    pub const ZERO: u32 = 1 << 1;
 }
 
 /// Error codes of the transmission phase; they are not `errno`, though most look like it.
@@ -195,6 +193,27 @@ impl Command {
     }
 }
 
+/// How requests and replies are laid out.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Headers {
+    /// Requests of 28 bytes, simple replies.
+    Simple,
+    /// Requests of 28 bytes; a READ and a BLOCK_STATUS are answered in chunks, others may be.
+    Structured,
+    /// Requests and chunks with headers of 32 bytes and 64 bits of length; no simple replies.
+    Extended,
+}
+
+impl Headers {
+    /// Bytes of a request's header.
+    pub const fn request(self) -> usize {
+        match self {
+            Headers::Simple | Headers::Structured => 28,
+            Headers::Extended => REQUEST_HEADER,
+        }
+    }
+}
+
 /// A request's header as the client sent it: nothing in it is checked but the magic.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Request {
@@ -206,40 +225,48 @@ pub struct Request {
     pub cookie: u64,
     /// First byte of the range.
     pub offset: u64,
-    /// Bytes in the range.
+    /// Bytes in the range; of the payload, where the flag PAYLOAD_LEN says so.
     pub length: u64,
+    /// Bytes that follow the header, whether the request is allowed or not.
+    pub payload: u64,
 }
 
 /// The bytes are not a request: the client has lost its place, or is none.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("request begins with {0:#010x} instead of {REQUEST_MAGIC:#010x}")]
+#[error("request begins with {0:#010x}, which is none")]
 pub struct BadMagic(pub u32);
 
 impl Request {
-    /// Takes a header apart.
-    pub fn decode(header: &[u8; REQUEST_HEADER]) -> Result<Request, BadMagic> {
+    /// Takes a header apart; of the shorter kind the last bytes mean nothing.
+    pub fn decode(headers: Headers, header: &[u8; REQUEST_HEADER]) -> Result<Request, BadMagic> {
         let [m0, m1, m2, m3, f0, f1, t0, t1, rest @ ..] = *header;
         let [c0, c1, c2, c3, c4, c5, c6, c7, rest @ ..] = rest;
         let [o0, o1, o2, o3, o4, o5, o6, o7, length @ ..] = rest;
+        let [l0, l1, l2, l3, ..] = length;
         let magic = u32::from_be_bytes([m0, m1, m2, m3]);
-        if magic != REQUEST_MAGIC {
+        let command = Command::from_wire(u16::from_be_bytes([t0, t1]));
+        let flags = u16::from_be_bytes([f0, f1]);
+        let (wanted, length, has_payload) = match headers {
+            Headers::Simple | Headers::Structured => {
+                let length = u32::from_be_bytes([l0, l1, l2, l3]).into();
+                (REQUEST_MAGIC, length, command == Command::Write)
+            }
+            Headers::Extended => {
+                let has_payload = flags & command_flag::PAYLOAD_LEN != 0;
+                (EXTENDED_REQUEST_MAGIC, u64::from_be_bytes(length), has_payload)
+            }
+        };
+        if magic != wanted {
             return Err(BadMagic(magic));
         }
         Ok(Request {
-            flags: u16::from_be_bytes([f0, f1]),
-            command: Command::from_wire(u16::from_be_bytes([t0, t1])),
+            flags,
+            command,
             cookie: u64::from_be_bytes([c0, c1, c2, c3, c4, c5, c6, c7]),
             offset: u64::from_be_bytes([o0, o1, o2, o3, o4, o5, o6, o7]),
-            length: u64::from(u32::from_be_bytes(length)),
+            length,
+            payload: if has_payload { length } else { 0 },
         })
-    }
-
-    /// Bytes that follow the header, whether the request is allowed or not.
-    pub const fn payload(&self) -> u64 {
-        match self.command {
-            Command::Write => self.length,
-            _ => 0,
-        }
     }
 }
 
@@ -252,112 +279,162 @@ pub enum Place {
     Last,
 }
 
-/// A simple reply; `error` 0 is success, and then a READ's data follows.
-pub fn simple_reply(cookie: u64, error: u32) -> [u8; SIMPLE_REPLY] {
-    let mut reply = [0; SIMPLE_REPLY];
-    put(&mut reply, 0, SIMPLE_REPLY_MAGIC.to_be_bytes());
-    put(&mut reply, 4, error.to_be_bytes());
-    put(&mut reply, 8, cookie.to_be_bytes());
-    reply
+/// The first bytes of a reply, or all of it.
+#[derive(Clone, Copy)]
+pub struct Head {
+    bytes: [u8; DATA_HEADER],
+    len: usize,
 }
 
-/// Success, or the end of a reply whose chunks so far were not the last.
-pub fn none_chunk(cookie: u64) -> [u8; CHUNK_HEADER] {
-    chunk_header(cookie, Place::Last, chunk::NONE, 0)
+impl std::ops::Deref for Head {
+    type Target = [u8];
+
+    fn deref(&self) -> &[u8] {
+        &self.bytes[..self.len]
+    }
 }
 
-/// What comes before `len` bytes of data from `offset`; `len` is neither 0 nor above [`MAX_PAYLOAD`].
-pub fn data_chunk(cookie: u64, place: Place, offset: u64, len: u32) -> [u8; DATA_HEADER] {
-    debug_assert!(len > 0 && len <= MAX_PAYLOAD, "a data chunk of {len} bytes");
-    let mut reply = [0; DATA_HEADER];
-    put(&mut reply, 0, chunk_header(cookie, place, chunk::OFFSET_DATA, len + 8));
-    put(&mut reply, CHUNK_HEADER, offset.to_be_bytes());
-    reply
+impl Head {
+    const EMPTY: Head = Head { bytes: [0; DATA_HEADER], len: 0 };
+
+    /// Appends a field. What is appended in all is known at each place, and fits.
+    fn put<const N: usize>(&mut self, field: [u8; N]) {
+        self.bytes[self.len..self.len + N].copy_from_slice(&field);
+        self.len += N;
+    }
 }
 
-/// `len` bytes from `offset` read as zeros; `len` is not 0.
-pub fn hole_chunk(cookie: u64, place: Place, offset: u64, len: u32) -> [u8; CHUNK_HEADER + 12] {
-    debug_assert!(len > 0, "an empty hole");
-    let mut reply = [0; CHUNK_HEADER + 12];
-    put(&mut reply, 0, chunk_header(cookie, place, chunk::OFFSET_HOLE, 12));
-    put(&mut reply, CHUNK_HEADER, offset.to_be_bytes());
-    put(&mut reply, CHUNK_HEADER + 8, len.to_be_bytes());
-    reply
+/// Whom a reply answers, and how.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Answer {
+    /// How it is laid out.
+    pub headers: Headers,
+    /// The request's.
+    pub cookie: u64,
+    /// The request's.
+    pub offset: u64,
 }
 
-/// Appends the failure of a whole request, with a message for people (cut to [`MAX_STRING`]). It is
-/// the reply's last chunk. `error` is not 0.
-pub fn error_chunk(cookie: u64, error: u32, message: &str, output: &mut Vec<u8>) {
-    debug_assert!(error != 0, "an error without a code");
-    let message = displayable(message);
-    output.extend(chunk_header(cookie, Place::Last, chunk::ERROR, 6 + message.len() as u32));
-    output.extend(error.to_be_bytes());
-    output.extend((message.len() as u16).to_be_bytes());
-    output.extend(message.as_bytes());
-}
+impl Answer {
+    /// A simple reply; `error` 0 is success, and then a READ's data follows.
+    fn simple(&self, error: u32) -> Head {
+        let mut head = Head::EMPTY;
+        head.put(SIMPLE_REPLY_MAGIC.to_be_bytes());
+        head.put(error.to_be_bytes());
+        head.put(self.cookie.to_be_bytes());
+        head
+    }
 
-/// Appends the failure of a request at `offset`: what came before it is good. `error` is not 0.
-pub fn error_offset_chunk(
-    cookie: u64,
-    place: Place,
-    error: u32,
-    message: &str,
-    offset: u64,
-    output: &mut Vec<u8>,
-) {
-    debug_assert!(error != 0, "an error without a code");
-    let message = displayable(message);
-    output.extend(chunk_header(cookie, place, chunk::ERROR_OFFSET, 14 + message.len() as u32));
-    output.extend(error.to_be_bytes());
-    output.extend((message.len() as u16).to_be_bytes());
-    output.extend(message.as_bytes());
-    output.extend(offset.to_be_bytes());
-}
-
-/// Appends what `extents` say of the `length` bytes asked for, as a reply's last chunk: neighbours
-/// of one state are merged, nothing reaches past `length`, at most `limit` descriptors (1 for
-/// REQ_ONE). Neither `extents` nor `length` nor `limit` is empty or 0.
-pub fn status_chunk(
-    cookie: u64,
-    context: u32,
-    extents: &[Extent],
-    length: u64,
-    limit: usize,
-    output: &mut Vec<u8>,
-) {
-    let start = output.len();
-    output.extend([0; CHUNK_HEADER]);
-    output.extend(context.to_be_bytes());
-    for (len, state) in runs(extents, length).take(limit) {
-        // A run too long for 32 bits is cut to a multiple of 4096, and nothing can follow it.
-        let told = u32::try_from(len).unwrap_or(u32::MAX - (PREFERRED_BLOCK - 1));
-        output.extend(told.to_be_bytes());
-        output.extend(state.to_be_bytes());
-        if u64::from(told) != len {
-            break;
+    /// Success without data, of what is no READ.
+    pub fn done(&self) -> Head {
+        match self.headers {
+            Headers::Simple => self.simple(0),
+            Headers::Structured | Headers::Extended => self.chunk(Place::Last, chunk::NONE, 0),
         }
     }
-    let len = (output.len() - start - CHUNK_HEADER) as u32;
-    debug_assert!(len > 4, "a status without a descriptor");
-    output[start..start + CHUNK_HEADER].copy_from_slice(&chunk_header(
-        cookie,
-        Place::Last,
-        chunk::BLOCK_STATUS,
-        len,
-    ));
+
+    /// What comes before the `len` bytes of a READ; `len` is neither 0 nor above [`MAX_PAYLOAD`].
+    pub fn data(&self, len: u32) -> Head {
+        debug_assert!(len > 0 && len <= MAX_PAYLOAD, "a data chunk of {len} bytes");
+        if self.headers == Headers::Simple {
+            return self.simple(0);
+        }
+        let mut head = self.chunk(Place::Last, chunk::OFFSET_DATA, len + 8);
+        head.put(self.offset.to_be_bytes());
+        head
+    }
+
+    /// Appends the failure of a whole request, with a message for people (cut to [`MAX_STRING`]) where chunks
+    /// can carry one. It is the reply's end. `error` is not 0.
+    pub fn failure(&self, error: u32, message: &str, output: &mut Vec<u8>) {
+        debug_assert!(error != 0, "an error without a code");
+        if self.headers == Headers::Simple {
+            output.extend_from_slice(&self.simple(error));
+            return;
+        }
+        let message = displayable(message);
+        let len = 6 + message.len() as u32;
+        output.extend_from_slice(&self.chunk(Place::Last, chunk::ERROR, len));
+        output.extend(error.to_be_bytes());
+        output.extend((message.len() as u16).to_be_bytes());
+        output.extend(message.as_bytes());
+    }
+
+    /// Appends what `context` says of the `length` bytes asked for, as `extents` have it: neighbours of one state
+    /// are merged, nothing reaches past `length`, at most `limit` descriptors (1 for REQ_ONE). Neither `extents`
+    /// nor `length` nor `limit` is empty or 0. Only where there are chunks.
+    pub fn status(
+        &self,
+        place: Place,
+        context: Context,
+        extents: &[Extent],
+        length: u64,
+        limit: usize,
+        output: &mut Vec<u8>,
+    ) {
+        let wide = self.headers == Headers::Extended;
+        let start = output.len();
+        // Its length is known once it is there.
+        output.extend_from_slice(&self.chunk(place, chunk::NONE, 0));
+        let payload = output.len();
+        output.extend(context.id().to_be_bytes());
+        if wide {
+            output.extend(0_u32.to_be_bytes());
+        }
+        let mut count: u32 = 0;
+        for (len, state) in runs(context, extents, length).take(limit) {
+            count += 1;
+            if wide {
+                output.extend(len.to_be_bytes());
+                output.extend(u64::from(state).to_be_bytes());
+                continue;
+            }
+            // A run too long for 32 bits is cut to a multiple of 4096, and nothing can follow it.
+            let told = u32::try_from(len).unwrap_or(u32::MAX - (PREFERRED_BLOCK - 1));
+            output.extend(told.to_be_bytes());
+            output.extend(state.to_be_bytes());
+            if u64::from(told) != len {
+                break;
+            }
+        }
+        debug_assert!(count > 0, "a status without a descriptor");
+        if wide {
+            output[payload + 4..payload + 8].copy_from_slice(&count.to_be_bytes());
+        }
+        let kind = if wide { chunk::BLOCK_STATUS_EXT } else { chunk::BLOCK_STATUS };
+        let head = self.chunk(place, kind, (output.len() - payload) as u32);
+        output[start..payload].copy_from_slice(&head);
+    }
+
+    /// A chunk's header.
+    fn chunk(&self, place: Place, kind: u16, len: u32) -> Head {
+        let extended = self.headers == Headers::Extended;
+        let magic = if extended { EXTENDED_CHUNK_MAGIC } else { CHUNK_MAGIC };
+        let flags = if place == Place::Last { chunk::DONE } else { 0 };
+        let mut head = Head::EMPTY;
+        head.put(magic.to_be_bytes());
+        head.put(flags.to_be_bytes());
+        head.put(kind.to_be_bytes());
+        head.put(self.cookie.to_be_bytes());
+        if extended {
+            head.put(self.offset.to_be_bytes());
+            head.put(u64::from(len).to_be_bytes());
+        } else {
+            head.put(len.to_be_bytes());
+        }
+        head
+    }
 }
 
 /// The first `length` bytes of `extents` as (bytes, state), neighbours of one state merged.
-fn runs(extents: &[Extent], length: u64) -> impl Iterator<Item = (u64, u32)> {
+fn runs(context: Context, extents: &[Extent], length: u64) -> impl Iterator<Item = (u64, u32)> {
     let mut rest = length;
     let mut clipped = extents
         .iter()
         .map_while(move |extent| {
             let len = extent.len.min(rest);
             rest -= len;
-            let hole = if extent.hole { state::HOLE } else { 0 };
-            let zero = if extent.zero { state::ZERO } else { 0 };
-            (len > 0).then_some((len, hole | zero))
+            (len > 0).then_some((len, context.state(extent)))
         })
         .peekable();
     std::iter::from_fn(move || {
@@ -367,22 +444,6 @@ fn runs(extents: &[Extent], length: u64) -> impl Iterator<Item = (u64, u32)> {
         }
         Some((len, state))
     })
-}
-
-fn chunk_header(cookie: u64, place: Place, kind: u16, len: u32) -> [u8; CHUNK_HEADER] {
-    let flags = if place == Place::Last { chunk::DONE } else { 0 };
-    let mut header = [0; CHUNK_HEADER];
-    put(&mut header, 0, CHUNK_MAGIC.to_be_bytes());
-    put(&mut header, 4, flags.to_be_bytes());
-    put(&mut header, 6, kind.to_be_bytes());
-    put(&mut header, 8, cookie.to_be_bytes());
-    put(&mut header, 16, len.to_be_bytes());
-    header
-}
-
-/// Copies a field into its place; offsets are constants, checked by the tests.
-fn put<const N: usize>(bytes: &mut [u8], at: usize, field: [u8; N]) {
-    bytes[at..at + N].copy_from_slice(&field);
 }
 
 /// A message as the protocol allows it: without NULs from the first on, at most [`MAX_STRING`] bytes.

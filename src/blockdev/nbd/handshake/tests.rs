@@ -4,10 +4,10 @@
 mod mutations;
 
 use super::*;
-use crate::blockdev::nbd::wire::flag;
+use crate::blockdev::nbd::{Context, wire::flag};
 
 const SIZE: u64 = 3 << 30;
-const FLAGS: u16 = 0b101_0110_1101;
+const FLAGS: u16 = 0b1101_0110_1101;
 
 /// A client's side of a handshake, put together.
 #[derive(Clone)]
@@ -176,7 +176,7 @@ fn go_answers_byte_for_byte() {
         (7, reply::ACK, vec![]),
     ];
     assert_eq!(told.replies(), expected);
-    let terms = Terms { flags, structured: false, allocation: None };
+    let terms = Terms { flags, headers: Headers::Simple, contexts: Contexts::default() };
     assert_eq!(told.end, Some(Ok(Negotiated { name: "image/a".into(), terms })));
 }
 
@@ -272,14 +272,17 @@ fn contexts_hold_for_the_last_set_and_its_export_only() {
         (set(a, allocation).option(10, b"garbage"), false, "replaced by a failure"),
         (set(a, allocation).option(10, &long), false, "replaced by one too long"),
         (set(a, allocation).contexts(9, a, &[]), true, "LIST changes nothing"),
-        (set(a, allocation).option(5, b"").option(11, b""), true, "nor do refused options"),
+        (set(a, allocation).option(5, b"").option(12, b""), true, "nor do refused options"),
+        (set(a, allocation).option(11, b""), true, "nor do extended headers"),
         (set(a, allocation).choose(7, "nobody", &[]), true, "nor does a GO that fails"),
         (set(a, allocation).choose(6, b, &[]), true, "nor does INFO"),
         (Client::new(3).contexts(10, a, allocation).option(8, b""), false, "set too early"),
     ];
     for (client, chosen, what) in table {
         let told = whole(&client.choose(7, a, &[]));
-        assert_eq!(told.terms().allocation, chosen.then_some(ALLOCATION_ID), "{what}");
+        let contexts = told.terms().contexts;
+        assert_eq!(contexts.has(Context::Allocation), chosen, "{what}");
+        assert!(!contexts.has(Context::Source), "{what}");
     }
     let told = whole(&set(a, allocation));
     let expected = (10, reply::META_CONTEXT, b"\0\0\0\x01base:allocation".to_vec());
@@ -292,24 +295,52 @@ fn contexts_are_listed_by_wildcard_and_by_name() {
         let told = whole(&Client::new(3).option(8, b"").contexts(9, "any", queries));
         told.replies()[1..].iter().map(|(_, kind, data)| (*kind, data.clone())).collect::<Vec<_>>()
     };
-    let one = [(reply::META_CONTEXT, b"\0\0\0\0base:allocation".to_vec()), (reply::ACK, vec![])];
-    assert_eq!(list(&[]), one);
+    let all = [
+        (reply::META_CONTEXT, b"\0\0\0\0base:allocation".to_vec()),
+        (reply::META_CONTEXT, b"\0\0\0\0underlay:source".to_vec()),
+        (reply::ACK, vec![]),
+    ];
+    let one = [all[0].clone(), all[2].clone()];
+    assert_eq!(list(&[]), all);
     assert_eq!(list(&["base:"]), one);
     assert_eq!(list(&["x:y", "base:", "base:allocation"]), one);
-    assert_eq!(list(&["x:y", "base", "base:none"]), one[1..]);
+    assert_eq!(list(&["underlay:"]), all[1..]);
+    assert_eq!(list(&["underlay:source", "base:"]), all);
+    assert_eq!(list(&["x:y", "base", "base:none", "underlay"]), all[2..]);
     let told = whole(&Client::new(3).contexts(9, "any", &[]));
     assert_eq!(told.finals(), [(9, reply::ERR_INVALID)], "without structured replies");
 }
 
 #[test]
+fn extended_headers_take_the_place_of_structured_replies() {
+    let (a, both) = ("replica/vm1", &["underlay:source", "base:allocation"][..]);
+    let extended = |client: Client| {
+        let told = whole(&client.contexts(10, a, both).choose(7, a, &[]));
+        (told.terms(), told.finals())
+    };
+    for client in [Client::new(3), Client::new(3).option(8, b"")] {
+        let (terms, _) = extended(client.option(11, b""));
+        assert_eq!((terms.headers, terms.contexts), (Headers::Extended, Contexts::all()));
+        assert_eq!(terms.flags, FLAGS | flag::SEND_DF | flag::BLOCK_STATUS_PAYLOAD);
+    }
+    // There is no way back, and no old way on.
+    let (terms, finals) = extended(Client::new(3).option(11, b"").option(8, b""));
+    assert_eq!((terms.headers, finals[1]), (Headers::Extended, (8, reply::ERR_EXT_HEADER_REQD)));
+    let blunt = whole(&Client::new(3).option(11, b"").option(1, a.as_bytes()));
+    assert!(blunt.end.unwrap().is_err());
+    let (terms, finals) = extended(Client::new(3).option(8, b"").option(11, b"x"));
+    assert_eq!((terms.headers, finals[1]), (Headers::Structured, (11, reply::ERR_INVALID)));
+}
+
+#[test]
 fn refused_options_leave_the_next_one_readable() {
-    let known = [3, 6, 7, 8, 9, 10];
+    let known = [3, 6, 7, 8, 9, 10, 11];
     for option in (0..40).chain([1 << 31, u32::MAX]).filter(|option| ![1, 2].contains(option)) {
         for len in [0, 1, 5, 4096, MAX_OPTION, MAX_OPTION + 1, MAX_DRAIN] {
             let data = vec![0xff; len as usize];
             let told = whole(&Client::new(3).option(option, &data).option(3, b""));
             let wanted = match option {
-                3 | 8 if len == 0 => reply::ACK,
+                3 | 8 | 11 if len == 0 => reply::ACK,
                 _ if !known.contains(&option) => reply::ERR_UNSUP,
                 _ if len > MAX_OPTION => reply::ERR_TOO_BIG,
                 _ => reply::ERR_INVALID,
@@ -463,7 +494,7 @@ fn real_clients_get_what_they_need() {
                 transmitting += 1;
                 assert_eq!(negotiated.name, "replica/vm1");
                 let maps = ["qemu-img", "nbdcopy"].contains(&name);
-                assert_eq!(negotiated.terms.allocation.is_some(), maps, "{name}");
+                assert_eq!(!negotiated.terms.contexts.is_empty(), maps, "{name}");
             }
             Err(why) => assert_eq!((why.as_str(), name.contains("list")), ("aborted", true)),
         }

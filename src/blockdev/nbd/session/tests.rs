@@ -9,7 +9,7 @@ use std::{
 
 use super::*;
 use crate::{
-    blockdev::{Info, Provision},
+    blockdev::{Grain, Holder, Info, Provision},
     io::rings::Rings,
 };
 
@@ -58,8 +58,8 @@ impl Device<Ring> for Buggy {
         Ok(())
     }
 
-    fn extents(&self, _: u64, len: u64, _: usize, extents: &mut Vec<Extent>) {
-        extents.push(Extent { len, hole: false, zero: false });
+    fn extents(&self, _: u64, len: u64, _: Grain, _: usize, extents: &mut Vec<Extent>) {
+        extents.push(Extent { len, holder: Holder::Base });
     }
 }
 
@@ -82,7 +82,7 @@ fn a_request_that_panics_is_answered_and_others_go_on() {
     let figures = Arc::<Operations>::default();
     let counted = figures.clone();
     rings.spawn(0, move |ring| async move {
-        let terms = Terms::new(Buggy.info(), false, None);
+        let terms = Terms::new(Buggy.info(), Headers::Simple, Contexts::default());
         let socket = Arc::new(server.into());
         let end = serve(ring, socket, Arc::new(Buggy), terms, Vec::new(), counted).await;
         let _ = done.send(matches!(end, End::Clean));
