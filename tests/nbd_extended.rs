@@ -160,7 +160,8 @@ fn every_command_does_what_it_does() {
     let data = vec![0x5a; 70_000];
     client.write(12_345, &data);
     content[12_345..82_345].copy_from_slice(&data);
-    client.ask(PAYLOAD | FUA, WRITE, 0, 3, b"abc");
+    // As qemu's client has it: without the flag that says that a payload follows.
+    client.ask(FUA, WRITE, 0, 3, b"abc");
     content[..3].copy_from_slice(b"abc");
     client.does(0, FLUSH, 0, 0);
     client.does(0, CACHE, 0, SIZE);
@@ -272,7 +273,6 @@ fn what_breaks_the_rules_is_refused_and_its_payload_taken() {
         let payload = vec![0x25; 300];
         assert_eq!(client.fails(PAYLOAD, command, 0, 300, &payload), EINVAL, "{command}");
     }
-    assert_eq!(client.fails(0, WRITE, 0, 512, &[]), EINVAL, "a write without its payload");
     assert_eq!(client.fails(0, READ, 0, 1 << 40, &[]), EINVAL, "past the end");
     assert_eq!(client.fails(0, READ, 0, 1 << 33, &[]), 75, "more than one answer holds");
     assert_eq!(client.fails(0, TRIM, u64::MAX, 2, &[]), EINVAL);

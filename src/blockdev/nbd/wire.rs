@@ -252,7 +252,9 @@ impl Request {
                 (REQUEST_MAGIC, length, command == Command::Write)
             }
             Headers::Extended => {
-                let has_payload = flags & command_flag::PAYLOAD_LEN != 0;
+                // qemu's client (10.0) leaves the flag of its writes out, and sends what it is to write.
+                let flagged = flags & command_flag::PAYLOAD_LEN != 0;
+                let has_payload = flagged || command == Command::Write;
                 (EXTENDED_REQUEST_MAGIC, u64::from_be_bytes(length), has_payload)
             }
         };

@@ -78,9 +78,14 @@ fn requests_decode_by_the_table() {
     header[24..].copy_from_slice(&0x1_0000_2000_u64.to_be_bytes());
     let length = 0x1_0000_2000;
     let extended = |header: &_| Request::decode(Headers::Extended, header);
-    assert_eq!(extended(&header), Ok(Request { length, payload: 0, ..wanted }));
+    assert_eq!(extended(&header), Ok(Request { length, payload: length, ..wanted }));
+    header[7] = 4;
+    let trim = Request { command: Command::Trim, length, payload: 0, ..wanted };
+    assert_eq!(extended(&header), Ok(trim));
     header[5] |= 1 << 5;
     let flags = command_flag::FUA | command_flag::PAYLOAD_LEN;
+    assert_eq!(extended(&header), Ok(Request { flags, payload: length, ..trim }));
+    header[7] = 1;
     assert_eq!(extended(&header), Ok(Request { flags, length, payload: length, ..wanted }));
     assert_eq!(Headers::Extended.request(), 32);
 }
