@@ -97,6 +97,13 @@ impl Disk {
         Ok((disk, record))
     }
 
+    /// Whether a disk that the node knows is where it was. Takes nothing, and locks nothing.
+    pub(crate) fn is_at(known: &KnownDisk, steps: Steps) -> bool {
+        let home = Dir::open_root(&known.path, steps).and_then(|root| root.open(HOME));
+        let record = home.and_then(|home| record::read::<DiskRecord>(&home, DISK_JSON));
+        record.is_ok_and(|record| record.id == known.id)
+    }
+
     /// Opens the disk at `path`, whichever it is; `None` if there is none yet.
     pub(crate) fn probe(path: &Path, steps: Steps) -> Result<Option<(Disk, DiskRecord)>> {
         let home = match Dir::open_root(path, steps)?.open(HOME) {

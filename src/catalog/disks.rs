@@ -120,30 +120,42 @@ impl Node {
         }
     }
 
-    /// Looks whether disks that are away have returned, and takes those in that have. Waits for disks that
-    /// hang; nobody else does meanwhile.
-    pub fn take_back(&self) {
-        // One that another daemon has locked is not ours for the taking when that restarts.
+    /// The disks that are away and may return by themselves: one that another daemon has locked is not ours for
+    /// the taking when that restarts.
+    pub fn awaited(&self) -> Vec<Uuid> {
         let returns = |slot: &&Slot| match &slot.at {
             Attachment::Away(absence) => absence.state != DiskState::Locked,
             Attachment::Here(..) => false,
         };
-        let all: Vec<Uuid> =
-            self.0.view().disks.iter().filter(returns).map(|slot| slot.known.id).collect();
-        for id in all {
-            let known = self.0.claim("a disk that is away", |view| {
-                let slot = view.slot(id).filter(|slot| away(Some(slot)).is_some());
-                let wants = slot.map(|slot| (Object::Disk(slot.known.id), Mode::Alone));
-                Ok((wants.into_iter().collect(), slot.map(|slot| slot.known.clone())))
-            });
-            let Ok((_claimed, Some(known))) = known else { continue };
-            // Before the list of disks is claimed: that may take as long as it likes.
-            let Ok(opened) = open_disk(&known, self.0.steps.clone()) else { continue };
-            let wants = vec![(Object::Catalogue, Mode::Shared), (Object::Disks, Mode::Alone)];
-            match self.0.claim("the list of disks", |_| Ok((wants.clone(), ()))) {
-                Ok(_claimed) => self.take_in(&known, Ok(opened)),
-                Err(error) => tracing::debug!(disk = %known.name, %error, "it has returned"),
-            }
+        self.0.view().disks.iter().filter(returns).map(|slot| slot.known.id).collect()
+    }
+
+    /// Looks whether a disk that is away has returned, and takes it in if it has. Waits for one that hangs, and
+    /// holds up nobody meanwhile.
+    pub fn take_back(&self, id: Uuid) {
+        let is_away = |slot: &&Slot| slot.here().is_none();
+        let known = self.0.view().slot(id).filter(is_away).map(|slot| slot.known.clone());
+        let Some(known) = known else { return };
+        if !Disk::is_at(&known, self.0.steps.clone()) {
+            return;
+        }
+        let claimed = self.0.claim("the list of disks", |view| {
+            let still = view.slot(id).filter(is_away).is_some_and(|slot| slot.known == known);
+            let wants = vec![
+                (Object::Catalogue, Mode::Shared),
+                (Object::Disks, Mode::Alone),
+                (Object::Disk(id), Mode::Alone),
+            ];
+            Ok(if still { (wants, true) } else { (Vec::new(), false) })
+        });
+        match claimed {
+            Ok((_claimed, true)) => match open_disk(&known, self.0.steps.clone()) {
+                Ok(opened) => self.take_in(&known, Ok(opened)),
+                // Now it is known why it can't be used.
+                Err(absence) => self.0.settle(known, Err(absence)),
+            },
+            Ok((_claimed, false)) => {}
+            Err(error) => tracing::debug!(disk = %known.name, %error, "it has returned"),
         }
     }
 

@@ -101,6 +101,8 @@ impl Node {
     fn apply(&self, disks: &[(Name, Arc<Disk>)], mend: &Mend) -> Result<()> {
         match mend {
             Mend::Settle(settlement) => self.settle(settlement),
+            // Somebody has gone on with it meanwhile.
+            Mend::Leftover(spot) if self.0.view().live.contains(&spot.name) => Ok(()),
             other => apply(disks, other),
         }
     }

@@ -324,12 +324,13 @@ impl Scan<'_> {
             return Ok(());
         }
         let unfinished = match place {
-            IMAGES => Unfinished::read(self.disk, parent, entry)?,
-            _ => None,
+            IMAGES => Unfinished::read(self.disk, parent, entry),
+            _ => Ok(None),
         };
         match unfinished {
-            Some(unfinished) => self.contents.unfinished.push(unfinished),
-            None => self.leftover(parent, &[place], entry),
+            Ok(Some(unfinished)) => self.contents.unfinished.push(unfinished),
+            Ok(None) => self.leftover(parent, &[place], entry),
+            Err(error) => self.unreadable(parent, entry, &error),
         }
         Ok(())
     }

@@ -12,6 +12,7 @@
 //!   takes none any more, or by `image uncopy`.
 
 use std::{
+    collections::HashSet,
     ffi::{OsStr, OsString},
     sync::Arc,
     time::{Duration, SystemTime},
@@ -122,18 +123,27 @@ impl View {
 }
 
 impl Node {
-    /// Removes what is left of copies that nobody can or may go on with any more. Whether there were any.
-    pub fn sweep_unfinished(&self) -> bool {
+    /// Whether something is left of copies that nobody can or may go on with any more.
+    pub fn has_ended_unfinished(&self) -> bool {
+        let view = self.0.view();
+        view.unfinished.iter().any(|it| is_ended(&view, it))
+    }
+
+    /// Removes it. Waits for disks that hang.
+    pub fn sweep_unfinished(&self) {
         let ended = {
             let mut view = self.0.view();
-            let ended: Vec<Unfinished> =
-                view.unfinished.iter().filter(|it| is_ended(&view, it)).cloned().collect();
-            view.take_unfinished_where(&|it| ended.contains(it))
+            let ended: HashSet<OsString> = view
+                .unfinished
+                .iter()
+                .filter(|it| is_ended(&view, it))
+                .map(|it| it.name.clone())
+                .collect();
+            view.take_unfinished_where(&|it| ended.contains(&it.name))
         };
-        self.0.remove_unfinished(ended).unwrap_or_else(|error| {
-            tracing::warn!(%error, "an unfinished copy stays until fsck");
-            true
-        })
+        if let Err(error) = self.0.remove_unfinished(ended) {
+            tracing::warn!(%error, "an unfinished copy stays for now");
+        }
     }
 }
 
@@ -161,12 +171,15 @@ impl Inner {
 
     /// Ends the work on a copy that can be gone on with.
     pub(crate) fn leave(&self, disk: &Disk, name: &OsStr, digest: Digest, done: u64) {
-        let stat = disk.images.open(name).and_then(|dir| dir.stat(DATA));
-        let stored = stat.ok().flatten().map_or(0, |stat| allocated(&stat));
-        let (disk, name, at) = (disk.id, name.to_owned(), SystemTime::now());
+        let entry = Entry { name: name.to_owned(), kind: EntryKind::Dir };
+        let found = Unfinished::read(disk.id, &disk.images, &entry);
         let mut view = self.view();
-        view.live.remove(&name);
-        view.unfinished.push(Unfinished { disk, name, digest, done, stored, at });
+        view.live.remove(name);
+        match found {
+            Ok(Some(found)) => view.unfinished.push(found),
+            // It is old already, or can't be read: fsck tells.
+            other => tracing::debug!(image = %digest, done, ?other, "an unfinished copy is left"),
+        }
     }
 
     /// Removes what is left of copies on a disk, of one image or of all. Whether there were any.
@@ -179,14 +192,15 @@ impl Inner {
 
     fn remove_unfinished(&self, taken: Vec<Unfinished>) -> Result<bool> {
         let mut removed = Ok(!taken.is_empty());
-        for Unfinished { disk, name, .. } in taken {
-            let home: Option<Arc<Disk>> = self.view().here(disk).cloned();
-            if let Some(home) = home
-                && let Err(error) = home.images.remove_tree(&name)
-            {
+        for it in taken {
+            let home: Option<Arc<Disk>> = self.view().here(it.disk).cloned();
+            let gone = home.map_or(Ok(()), |home| home.images.remove_tree(&it.name));
+            let mut view = self.view();
+            view.live.remove(&it.name);
+            if let Err(error) = gone {
                 removed = Err(error);
+                view.unfinished.push(it);
             }
-            self.view().live.remove(&name);
         }
         removed
     }
@@ -194,7 +208,9 @@ impl Inner {
 
 fn is_ended(view: &View, it: &Unfinished) -> bool {
     let takes_none = view.slot(it.disk).is_none_or(|slot| slot.takes_new().is_err());
+    // Its image may be on a disk that is away.
+    let gone = view.away_disks().is_empty();
     let image = view.images.get(&it.digest);
     let serves = |copy: &Copy| copy.disk == it.disk && copy.state() == CopyState::Ready;
-    it.is_old() || takes_none || image.is_none_or(|image| image.copies.iter().any(serves))
+    it.is_old() || takes_none || image.map_or(gone, |image| image.copies.iter().any(serves))
 }

@@ -324,7 +324,13 @@ impl View {
 
     /// Takes in what was found on a disk, in the place of what was known of it.
     pub(crate) fn attach(&mut self, disk: Uuid, contents: Contents) {
+        // Some may have been left since the disk was looked at: those that have gone do no harm.
+        let mut left = std::mem::take(&mut self.unfinished);
         self.forget(disk);
+        left.retain(|it| {
+            it.disk != disk || !contents.unfinished.iter().any(|at| at.name == it.name)
+        });
+        self.unfinished = left;
         let mut contents = contents;
         if let Some(removed) = self.removed.get(&disk) {
             contents.replicas.retain(|found| !removed.replicas.contains(&found.record.id));

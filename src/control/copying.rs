@@ -282,6 +282,8 @@ impl Filling<'_> {
         self.data.sync_data().context(|| WRITING)?;
         // It is for its readers to say what belongs into the page cache.
         let _ = posix_fadvise(self.data.as_fd(), 0, 0, PosixFadviseAdvice::POSIX_FADV_DONTNEED);
+        // What an earlier try has left behind that is still to be looked at.
+        let end = end.max(self.staged.found().min(self.table.size()));
         self.staged.note(self.order.digest, end)
     }
 

@@ -12,6 +12,7 @@ use std::{
 };
 
 use serde_json::json;
+use uuid::Uuid;
 
 use crate::{
     catalog::{Buried, CopyState, Digest, DiskState, DiskStatus, Name, Placement, Removal},
@@ -38,11 +39,24 @@ pub struct Keeping {
     /// The disks as they were at the last look.
     disks: Mutex<HashMap<Name, DiskState>>,
     stop: Arc<AtomicBool>,
-    /// Whether somebody is at it.
-    tidies: AtomicBool,
+    /// What somebody is at: a disk that may have returned, or the sweep.
+    tidies: Mutex<BTreeSet<Option<Uuid>>>,
     made: AtomicU64,
     removed: AtomicU64,
     failed: AtomicU64,
+}
+
+/// Work that is under way as long as this is there.
+struct Tidying {
+    keeping: Arc<Keeping>,
+    job: Option<Uuid>,
+}
+
+impl Drop for Tidying {
+    fn drop(&mut self) {
+        let tidies = self.keeping.tidies.lock();
+        tidies.unwrap_or_else(PoisonError::into_inner).remove(&self.job);
+    }
 }
 
 /// What is wanted where nobody said something else.
@@ -171,18 +185,24 @@ impl Keeping {
         Ok(())
     }
 
-    /// Takes back disks that have returned, and sweeps what nobody goes on with: by itself, since it may have
-    /// to wait for a disk, and once at a time.
+    /// Takes back disks that have returned, and sweeps what nobody goes on with: each disk by itself, since it
+    /// may have to be waited for.
     fn tidy(self: &Arc<Self>) {
-        if self.tidies.swap(true, Ordering::AcqRel) {
-            return;
+        let node = self.copying.node();
+        let returning = node.awaited().into_iter().map(Some);
+        let sweeping = node.has_ended_unfinished().then_some(None);
+        for job in returning.chain(sweeping) {
+            let mut under_way = self.tidies.lock().unwrap_or_else(PoisonError::into_inner);
+            if !under_way.insert(job) {
+                continue;
+            }
+            drop(under_way);
+            let guard = Tidying { keeping: self.clone(), job };
+            tokio::task::spawn_blocking(move || match guard.job {
+                Some(disk) => guard.keeping.copying.node().take_back(disk),
+                None => guard.keeping.copying.node().sweep_unfinished(),
+            });
         }
-        let own = self.clone();
-        tokio::task::spawn_blocking(move || {
-            own.copying.node().take_back();
-            own.copying.node().sweep_unfinished();
-            own.tidies.store(false, Ordering::Release);
-        });
     }
 
     /// Tells which disks have vanished or returned since the last look.

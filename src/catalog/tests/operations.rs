@@ -304,14 +304,15 @@ fn a_disk_that_has_returned_is_taken_in() {
     drop(node);
     fs::rename(bench.path("b"), bench.path("gone")).unwrap();
     let node = bench.open();
-    node.take_back();
+    let take_back = |node: &Node| node.awaited().into_iter().for_each(|id| node.take_back(id));
+    take_back(&node);
     let state = |node: &Node| node.disk(&name("b")).unwrap().state;
     assert_eq!(state(&node), DiskState::Missing);
     // Another is mounted there.
     let (other, elsewhere) = Bench::with(&["b"]);
     drop(elsewhere);
     fs::rename(other.path("b"), bench.path("b")).unwrap();
-    node.take_back();
+    take_back(&node);
     assert_ne!(state(&node), DiskState::Present);
     fs::rename(bench.path("b"), bench.path("other")).unwrap();
     // Its record can't be read, then it can.
@@ -319,12 +320,12 @@ fn a_disk_that_has_returned_is_taken_in() {
     let record = bench.home("b").join("disk.json");
     let text = fs::read(&record).unwrap();
     fs::write(&record, "{").unwrap();
-    node.take_back();
+    take_back(&node);
     assert_ne!(state(&node), DiskState::Present);
     fs::write(&record, text).unwrap();
     thread::scope(|scope| {
         // Whoever says so by hand meanwhile is not in the way.
-        scope.spawn(|| node.take_back());
+        scope.spawn(|| take_back(&node));
         node.add_disk(&bench.path("b"), DiskOptions::default()).unwrap();
     });
     assert_eq!(state(&node), DiskState::Present);
@@ -342,11 +343,21 @@ fn a_disk_that_another_daemon_had_is_not_taken_when_that_ends() {
     let node = bench.open();
     let second = other.open();
     assert_eq!(second.disk(&name("a")).unwrap().state, DiskState::Locked);
+    assert!(second.awaited().is_empty());
     drop(node);
-    second.take_back();
     assert_eq!(second.disk(&name("a")).unwrap().state, DiskState::Locked);
     second.add_disk(&bench.path("a"), DiskOptions::default()).unwrap();
     assert_eq!(second.disk(&name("a")).unwrap().state, DiskState::Present);
+    // Nor one that came back while another daemon had it.
+    drop(second);
+    fs::rename(bench.path("a"), bench.path("gone")).unwrap();
+    let second = other.open();
+    fs::rename(bench.path("gone"), bench.path("a")).unwrap();
+    let node = bench.open();
+    second.awaited().into_iter().for_each(|id| second.take_back(id));
+    assert_eq!(second.disk(&name("a")).unwrap().state, DiskState::Locked);
+    drop(node);
+    assert!(second.awaited().is_empty());
 }
 
 #[test]

@@ -77,7 +77,7 @@ fn it_is_kept_for_a_day_and_while_it_can_be_of_use() {
         resume.set_modified(SystemTime::now() - Duration::from_secs(25 * 3600)).unwrap();
     };
     let (bench, node) = start();
-    assert!(!node.sweep_unfinished() && left(&node).len() == 1);
+    assert!(!node.has_ended_unfinished() && left(&node).len() == 1);
     drop(node);
     age(&bench);
     let node = bench.open();
@@ -86,7 +86,8 @@ fn it_is_kept_for_a_day_and_while_it_can_be_of_use() {
     // The disk gets a copy in another way, is to be left, or is forgotten; the image goes.
     interrupted_copy(&node, "b").unwrap();
     node.set_draining(&name("b"), true).unwrap();
-    assert!(node.sweep_unfinished() && staging(&bench, "b").is_empty());
+    node.sweep_unfinished();
+    assert!(staging(&bench, "b").is_empty());
     node.set_draining(&name("b"), false).unwrap();
     interrupted_copy(&node, "b").unwrap();
     node.remove_copy_on(&name("debian"), &name("b"), false).unwrap();
@@ -95,15 +96,31 @@ fn it_is_kept_for_a_day_and_while_it_can_be_of_use() {
     let first = node.stage_another(digest(IMAGE), Some(&name("b")), true).unwrap();
     copy_to(&node, "b").unwrap();
     drop(first);
-    assert!(node.sweep_unfinished() && staging(&bench, "b").is_empty());
+    node.sweep_unfinished();
+    assert!(staging(&bench, "b").is_empty());
     interrupted_copy(&node, "c").unwrap();
     node.remove_disk(&name("c")).unwrap();
     assert!(!bench.home("c").exists(), "nothing of ours is left on it");
     bench.add(&node, "c").unwrap();
     interrupted_copy(&node, "c").unwrap();
     node.remove_image(&name("debian")).unwrap();
-    assert!(node.sweep_unfinished() && staging(&bench, "c").is_empty());
+    node.sweep_unfinished();
+    assert!(staging(&bench, "c").is_empty());
     assert_eq!(node.fsck(Repair::Report).unwrap().problems, []);
+}
+
+#[test]
+fn it_waits_for_an_image_whose_disk_is_away() {
+    let (bench, node) = start();
+    drop(node);
+    fs::rename(bench.path("a"), bench.path("gone")).unwrap();
+    let node = bench.open();
+    node.sweep_unfinished();
+    assert_eq!(staging(&bench, "b").len(), 1);
+    fs::rename(bench.path("gone"), bench.path("a")).unwrap();
+    node.awaited().into_iter().for_each(|id| node.take_back(id));
+    assert_eq!(left(&node).len(), 1);
+    copy_to(&node, "b").unwrap();
 }
 
 #[test]
