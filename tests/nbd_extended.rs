@@ -1,5 +1,5 @@
 //! Invariants checked, with a client that speaks extended headers: every command does what it does without them;
-//! effects of more than 32 bits are done in one request; `underlay:source` tells who holds what; what breaks the
+//! effects of more than 32 bits are done in one request; `x-underlay:source` tells who holds what; what breaks the
 //! rules is refused, and its payload taken from the stream.
 
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
@@ -48,7 +48,7 @@ impl Client {
         let mut contexts = (export.len() as u32).to_be_bytes().to_vec();
         contexts.extend(export.as_bytes());
         contexts.extend(2_u32.to_be_bytes());
-        for context in ["base:allocation", "underlay:source"] {
+        for context in ["base:allocation", "x-underlay:source"] {
             contexts.extend((context.len() as u32).to_be_bytes());
             contexts.extend(context.as_bytes());
         }

@@ -88,7 +88,7 @@ pub trait Device<I: Io>: 'static {
     fn prefetch(&self, io: &I, offset: u64, len: u64) -> impl Future<Output = Result<()>>;
 
     /// Appends to `extents` what lies in the range, in order, neighbours merged, until the range or
-    /// `limit` extents are covered; at least one. Pure: no I/O.
+    /// `limit` extents are covered, or it has looked for long; at least one. Pure: no I/O.
     fn extents(&self, offset: u64, len: u64, grain: Grain, limit: usize, extents: &mut Vec<Extent>);
 }
 

@@ -11,12 +11,15 @@ use crate::{
         base::BaseImage,
         device::{Device, Extent, Grain, Holder, Info, Provision, merge},
     },
-    cow::{Base, Closed, Gate, Inside, Overlay, Source},
+    cow::{Base, Closed, Gate, Inside, Overlay, Segment, Source},
     error::Result,
     io::{Buf, Io},
-    promote::View,
+    promote::{Cache, View},
     units::{Block, Chunk},
 };
+
+/// Runs that a question for extents looks at: what it asks after is told from where the answer ends.
+const STEPS: u32 = 65_536;
 
 /// A replica, open for reading and writing. Shared by every thread that serves it.
 pub struct Replica<I: Io> {
@@ -56,21 +59,23 @@ impl<I: Io> Below<I> {
         self.0.as_ref().map(|seen| &seen.copy)
     }
 
-    /// What of a range of the image's data is promoted to the replica's disk, a run a chunk.
-    fn runs(&self, offset: u64, len: u64) -> impl Iterator<Item = Extent> {
-        let cache = self.0.as_ref().and_then(|seen| seen.view.cache());
-        let end = offset.saturating_add(len);
-        let mut at = offset;
-        std::iter::from_fn(move || {
-            let (start, chunk) = (at, Chunk::at(at));
-            let holder = match &cache {
-                Some(cache) if cache.is_present(chunk) => Holder::Cache,
-                _ => Holder::Base,
-            };
-            at = Chunk(chunk.0 + 1).offset().min(end);
-            (start < end).then(|| Extent { len: at - start, holder })
-        })
+    /// The chunks that are promoted to the replica's disk, if any are.
+    fn cache(&self) -> Option<Arc<Cache<I>>> {
+        self.0.as_ref().and_then(|seen| seen.view.cache())
     }
+}
+
+/// What of a segment of the image's data is in `cache`, a run a chunk.
+fn runs<I: Io>(cache: Option<&Cache<I>>, segment: Segment) -> impl Iterator<Item = Extent> {
+    let end = segment.offset.saturating_add(segment.len);
+    let mut at = segment.offset;
+    std::iter::from_fn(move || {
+        let (start, chunk) = (at, Chunk::at(at));
+        let cached = cache.is_some_and(|cache| cache.is_present(chunk));
+        let holder = if cached { Holder::Cache } else { Holder::Base };
+        at = Chunk(chunk.0 + 1).offset().min(end);
+        (start < end).then(|| Extent { len: at - start, holder })
+    })
 }
 
 impl<I: Io> Clone for Below<I> {
@@ -207,12 +212,12 @@ impl<I: Io> Device<I> for Replica<I> {
         let Ok(segments) = footing.overlay.extents(&footing.base, offset, len) else {
             unreachable!("front ends check ranges against the size, and devices never shrink");
         };
+        let cache = footing.base.cache();
+        let mut steps = 0..STEPS;
         for segment in segments {
             let more = match (segment.source, grain) {
-                (Source::Base, Grain::Holders) => {
-                    let mut runs = footing.base.runs(segment.offset, segment.len);
-                    runs.all(|extent| merge(extents, grain, limit, extent))
-                }
+                (Source::Base, Grain::Holders) => runs(cache.as_deref(), segment)
+                    .all(|extent| merge(extents, grain, limit, extent) && steps.next().is_some()),
                 (source, _) => {
                     // What the base holds is allocated as far as a client can care: it is no zero.
                     let holder = match source {
@@ -223,7 +228,7 @@ impl<I: Io> Device<I> for Replica<I> {
                     merge(extents, grain, limit, Extent { len: segment.len, holder })
                 }
             };
-            if !more {
+            if !more || steps.next().is_none() {
                 return;
             }
         }

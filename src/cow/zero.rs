@@ -87,13 +87,15 @@ impl<I: Io> Overlay<I> {
             return Ok(end);
         }
         let (first, last) = (inner.start * BLOCK, inner.end * BLOCK);
-        self.zero_partial(io, base, offset..first).await?;
         match provision {
             Provision::Keep | Provision::KeepIfFast => {
+                // Before anything else is written: it may be refused.
                 self.zero_in_place(io, first..last, provision).await?;
                 self.changes.to_data(inner);
+                self.zero_partial(io, base, offset..first).await?;
             }
             Provision::Release => {
+                self.zero_partial(io, base, offset..first).await?;
                 for segment in Plan::new(self.changes.map(), base, first..last) {
                     if segment.source != Source::Zero {
                         let blocks =

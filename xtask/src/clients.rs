@@ -133,8 +133,8 @@ fn reading(bench: &Bench, report: &mut Report) {
         let zero = |extent: &Value| Some(extent["type"].as_u64()? & 2 != 0);
         map_agrees(&json(&map)?, ("offset", "length"), zero, &bench.reference)
     });
-    report.check(&name("nbdinfo --map=underlay:source"), || {
-        let args = ["--map=underlay:source", "--json", &bench.uri];
+    report.check(&name("nbdinfo --map=x-underlay:source"), || {
+        let args = ["--map=x-underlay:source", "--json", &bench.uri];
         let map = tool("nbdinfo", args).out()?;
         let zero = |extent: &Value| Some(extent["type"].as_u64()? == 0);
         map_agrees(&json(&map)?, ("offset", "length"), zero, &bench.reference)
@@ -175,7 +175,7 @@ fn info(bench: &Bench) -> Result<String> {
     }
     let contexts = export["contexts"].to_string();
     ensure!(contexts.contains("base:allocation"), "no base:allocation but {contexts}");
-    ensure!(contexts.contains("underlay:source"), "no underlay:source but {contexts}");
+    ensure!(contexts.contains("x-underlay:source"), "no x-underlay:source but {contexts}");
     Ok(String::new())
 }
 

@@ -1,6 +1,6 @@
 //! Metadata contexts: what a client can ask of a range besides its content.
 //!
-//! `underlay:source` is our own: who would answer a read of the range at this moment. docs/nbd.md tells the
+//! `x-underlay:source` is our own: who would answer a read of the range at this moment. docs/nbd.md tells the
 //! numbers.
 
 use crate::blockdev::{Extent, Grain, Holder};
@@ -10,7 +10,7 @@ use crate::blockdev::{Extent, Grain, Holder};
 pub enum Context {
     /// `base:allocation`: what is allocated, and what reads as zeros.
     Allocation,
-    /// `underlay:source`: who holds the content.
+    /// `x-underlay:source`: who holds the content.
     Source,
 }
 
@@ -22,7 +22,7 @@ impl Context {
     pub const fn name(self) -> &'static str {
         match self {
             Context::Allocation => "base:allocation",
-            Context::Source => "underlay:source",
+            Context::Source => "x-underlay:source",
         }
     }
 
@@ -30,7 +30,7 @@ impl Context {
     pub const fn namespace(self) -> &'static str {
         match self {
             Context::Allocation => "base:",
-            Context::Source => "underlay:",
+            Context::Source => "x-underlay:",
         }
     }
 
@@ -62,7 +62,7 @@ pub mod state {
     pub const ZERO: u32 = 1 << 1;
 }
 
-/// States of an extent in `underlay:source`.
+/// States of an extent in `x-underlay:source`.
 pub mod source {
     /// Nobody: it reads as zeros.
     pub const NOBODY: u32 = 0;

@@ -54,6 +54,9 @@ pub const MAX_BYTES: usize = 8 << 20;
 /// The longest payload of a BLOCK_STATUS that can be one: a length, and every context there is.
 const FILTER: usize = 8 + 4 * Context::ALL.len();
 
+/// What one BLOCK_STATUS looks at, in bytes, at most: clients ask again from where an answer ends.
+const STATUS: u64 = 1 << 40;
+
 /// Bytes of the receive buffer: some thirty writes of 4 KiB.
 const RECEIVE: usize = 128 << 10;
 
@@ -203,10 +206,13 @@ impl<D: Device<Ring>> Session<D> {
         };
         let bytes = match task {
             Task::Read { len, .. } | Task::Write { len, .. } => len as usize,
+            // What the answer may take, of two words each.
+            Task::BlockStatus { contexts, limit, .. } => contexts.len() * limit * 16,
             _ => 0,
         };
         self.take_credit(bytes).await;
-        let buf = (bytes > 0).then(|| self.ring.alloc(bytes));
+        let has_data = matches!(task, Task::Read { .. } | Task::Write { .. });
+        let buf = has_data.then(|| self.ring.alloc(bytes));
         if let (Task::Write { .. }, Some(buf)) = (task, &buf)
             && let Err(error) = input.fill(buf).await
         {
@@ -256,7 +262,9 @@ impl<D: Device<Ring>> Session<D> {
             let part = match served {
                 Ok(part) => part,
                 Err(error) => {
-                    tracing::warn!(%error, "request failed");
+                    if code(task, &error) != error::ENOTSUP {
+                        tracing::warn!(%error, "request failed");
+                    }
                     let command = match task {
                         Task::Read { .. } => Command::Read,
                         Task::BlockStatus { .. } => Command::BlockStatus,
@@ -332,6 +340,7 @@ impl<D: Device<Ring>> Session<D> {
         contexts: Contexts,
         limit: usize,
     ) -> Part {
+        let len = len.min(STATUS);
         let mut extents: Vec<Extent> = Vec::new();
         self.device.extents(offset, len, contexts.grain(), limit, &mut extents);
         let (mut chunks, mut left) = (Vec::new(), contexts.len());

@@ -14,15 +14,16 @@
 //!   that were read last do.
 
 use std::{
-    fs,
+    fs, io,
     os::unix::fs::{MetadataExt, PermissionsExt},
     path::{Path, PathBuf},
-    sync::{Arc, Mutex, PoisonError},
+    sync::{Arc, Mutex},
 };
 
+use arc_swap::ArcSwap;
 use tokio::{
-    io::{AsyncRead, AsyncWrite, AsyncWriteExt, BufReader, copy_buf},
-    net::UnixStream,
+    io::{AsyncBufReadExt, AsyncRead, AsyncWrite, AsyncWriteExt, BufReader, copy_buf},
+    net::{UnixStream, unix::OwnedWriteHalf},
 };
 use tokio_rustls::{
     TlsAcceptor,
@@ -53,7 +54,9 @@ pub struct TlsFiles {
 /// What is needed to take TLS clients.
 pub struct Tls {
     files: TlsFiles,
-    current: Mutex<(Stamp, Arc<ServerConfig>)>,
+    /// When those were changed that were read last.
+    stamp: Mutex<Stamp>,
+    config: ArcSwap<ServerConfig>,
 }
 
 /// When the files were changed, and which they are.
@@ -66,37 +69,38 @@ impl Tls {
     /// `Invalid` for what is in them, `Permission` for a key that others may read.
     pub fn load(files: TlsFiles) -> Result<Tls> {
         let stamp = stamp(&files)?;
-        let config = read(&files)?;
-        Ok(Tls { files, current: Mutex::new((stamp, config)) })
+        let config = ArcSwap::new(read(&files)?);
+        Ok(Tls { files, stamp: Mutex::new(stamp), config })
     }
 
-    /// What shakes hands with the next client. Reads the files if they have changed; blocks for that.
+    /// What shakes hands with the next client. Reads the files if they have changed; blocks for that, but only
+    /// one caller at a time.
     pub fn acceptor(&self) -> TlsAcceptor {
-        let mut current = self.current.lock().unwrap_or_else(PoisonError::into_inner);
-        match stamp(&self.files) {
-            Ok(stamp) if stamp == current.0 => {}
-            Ok(stamp) => match read(&self.files) {
-                Ok(config) => {
-                    tracing::info!(certificate = %self.files.certificate.display(), "renewed");
-                    *current = (stamp, config);
-                }
-                Err(error) => tracing::warn!(%error, "the certificates of before go on"),
-            },
-            Err(error) => tracing::warn!(%error, "the certificates of before go on"),
+        if let Ok(mut known) = self.stamp.try_lock()
+            && let Err(error) = self.renew(&mut known)
+        {
+            tracing::warn!(%error, "the certificates of before go on");
         }
-        TlsAcceptor::from(current.1.clone())
+        TlsAcceptor::from(self.config.load_full())
+    }
+
+    fn renew(&self, known: &mut Stamp) -> Result<()> {
+        let stamp = stamp(&self.files)?;
+        if stamp != *known {
+            self.config.store(read(&self.files)?);
+            *known = stamp;
+            tracing::info!(certificate = %self.files.certificate.display(), "renewed");
+        }
+        Ok(())
     }
 }
 
 /// Carries what client and session say to each other, until all that the session had to say is with the
-/// client, or one of the two is gone.
+/// client, or the client is gone.
 pub async fn carry(client: impl AsyncRead + AsyncWrite, session: UnixStream) {
     let (from_client, mut to_client) = tokio::io::split(client);
-    let (from_session, mut to_session) = session.into_split();
-    let up = async {
-        copy_buf(&mut BufReader::with_capacity(CARRIED, from_client), &mut to_session).await?;
-        to_session.shutdown().await
-    };
+    let (from_session, to_session) = session.into_split();
+    let up = listen(from_client, to_session);
     let down = async {
         copy_buf(&mut BufReader::with_capacity(CARRIED, from_session), &mut to_client).await?;
         to_client.shutdown().await
@@ -113,6 +117,30 @@ pub async fn carry(client: impl AsyncRead + AsyncWrite, session: UnixStream) {
     if let Err(error) = carried {
         tracing::debug!(%error, "NBD client's TLS connection");
     }
+}
+
+/// Hands on what the client says, to its end. A session that takes nothing any more may still have answers to
+/// give: what the client says then is heard by nobody.
+///
+/// # Errors
+/// Those of the client's side: it is gone.
+async fn listen(client: impl AsyncRead + Unpin, mut session: OwnedWriteHalf) -> io::Result<()> {
+    let mut client = BufReader::with_capacity(CARRIED, client);
+    let mut listens = true;
+    loop {
+        let said = client.fill_buf().await?;
+        if said.is_empty() {
+            break;
+        }
+        let len = said.len();
+        listens = listens && session.write_all(said).await.is_ok();
+        client.consume(len);
+    }
+    if listens {
+        // One that has ended by itself is what is wanted.
+        let _ = session.shutdown().await;
+    }
+    Ok(())
 }
 
 fn stamp(files: &TlsFiles) -> Result<Stamp> {

@@ -297,15 +297,15 @@ fn contexts_are_listed_by_wildcard_and_by_name() {
     };
     let all = [
         (reply::META_CONTEXT, b"\0\0\0\0base:allocation".to_vec()),
-        (reply::META_CONTEXT, b"\0\0\0\0underlay:source".to_vec()),
+        (reply::META_CONTEXT, b"\0\0\0\0x-underlay:source".to_vec()),
         (reply::ACK, vec![]),
     ];
     let one = [all[0].clone(), all[2].clone()];
     assert_eq!(list(&[]), all);
     assert_eq!(list(&["base:"]), one);
     assert_eq!(list(&["x:y", "base:", "base:allocation"]), one);
-    assert_eq!(list(&["underlay:"]), all[1..]);
-    assert_eq!(list(&["underlay:source", "base:"]), all);
+    assert_eq!(list(&["x-underlay:"]), all[1..]);
+    assert_eq!(list(&["x-underlay:source", "base:"]), all);
     assert_eq!(list(&["x:y", "base", "base:none", "underlay"]), all[2..]);
     let told = whole(&Client::new(3).contexts(9, "any", &[]));
     assert_eq!(told.finals(), [(9, reply::ERR_INVALID)], "without structured replies");
@@ -313,7 +313,7 @@ fn contexts_are_listed_by_wildcard_and_by_name() {
 
 #[test]
 fn extended_headers_take_the_place_of_structured_replies() {
-    let (a, both) = ("replica/vm1", &["underlay:source", "base:allocation"][..]);
+    let (a, both) = ("replica/vm1", &["x-underlay:source", "base:allocation"][..]);
     let extended = |client: Client| {
         let told = whole(&client.contexts(10, a, both).choose(7, a, &[]));
         (told.terms(), told.finals())
