@@ -14,7 +14,7 @@ use std::{
 use uuid::Uuid;
 
 use super::{
-    claims::{Mode, Object},
+    claims::{Mode, Object, Want},
     dir::Dir,
     disk::{DISK_JSON, Disk},
     media::Tier,
@@ -94,9 +94,7 @@ impl Node {
         let (_claimed, here) = self.0.claim("the list of disks", |view| {
             let here = view.disks.iter().find(|slot| slot.known.path == path);
             check_apart(view, &path)?;
-            let mut wants = vec![(Object::Catalogue, Mode::Shared), (Object::Disks, Mode::Alone)];
-            wants.extend(away(here).map(|id| (Object::Disk(id), Mode::Alone)));
-            Ok((wants, here.map(|slot| (slot.known.clone(), slot.here().is_some()))))
+            Ok((coming(), here.map(|slot| (slot.known.clone(), slot.here().is_some()))))
         })?;
         match here {
             Some((known, true)) => self.change_disk(&known, &options),
@@ -141,12 +139,7 @@ impl Node {
         }
         let claimed = self.0.claim("the list of disks", |view| {
             let still = view.slot(id).filter(is_away).is_some_and(|slot| slot.known == known);
-            let wants = vec![
-                (Object::Catalogue, Mode::Shared),
-                (Object::Disks, Mode::Alone),
-                (Object::Disk(id), Mode::Alone),
-            ];
-            Ok(if still { (wants, true) } else { (Vec::new(), false) })
+            Ok(if still { (coming(), true) } else { (Vec::new(), false) })
         });
         match claimed {
             Ok((_claimed, true)) => match open_disk(&known, self.0.steps.clone()) {
@@ -441,9 +434,9 @@ fn disk_users(view: &View, slot: &Slot) -> Vec<String> {
     users
 }
 
-/// Which disk that is, if it isn't there.
-fn away(slot: Option<&Slot>) -> Option<Uuid> {
-    slot.filter(|slot| slot.here().is_none()).map(|slot| slot.known.id)
+/// What is claimed while a disk is taken in: nobody else changes which disks are there.
+fn coming() -> Vec<Want> {
+    vec![(Object::Catalogue, Mode::Shared), (Object::Disks, Mode::Alone)]
 }
 
 /// Refuses a path inside another disk, or around it.

@@ -204,7 +204,13 @@ impl Inner {
                 (Attachment::Here(Arc::new(disk), record), Some(contents))
             }
             Err(absence) => {
-                tracing::warn!(disk = %known.name, "{}", absence.reason);
+                let before = view.slot(id).map(|slot| &slot.at);
+                let is_news =
+                    !matches!(before, Some(Attachment::Away(it)) if it.reason == absence.reason);
+                // A disk that can't be used is looked for again and again.
+                if is_news {
+                    tracing::warn!(disk = %known.name, "{}", absence.reason);
+                }
                 (Attachment::Away(absence), None)
             }
         };

@@ -247,9 +247,9 @@ impl Filling<'_> {
 
     /// Takes away what an earlier try can't have written: behind the end, and where the image is all zeros.
     fn clear(&self) -> Result<()> {
-        self.data.set_len(self.staged.found().min(self.table.size())).context(|| WRITING)?;
-        self.data.set_len(self.table.size()).context(|| WRITING)?;
         let (mut at, end) = (0, self.staged.found().min(self.table.size()));
+        self.data.set_len(end).context(|| WRITING)?;
+        self.data.set_len(self.table.size()).context(|| WRITING)?;
         while at < end {
             let data = self.table.next_data(Chunk::at(at)).map_or(end, Chunk::offset).min(end);
             if holes::next_data(&self.data, at, data).context(|| WRITING)?.is_some() {
@@ -262,9 +262,11 @@ impl Filling<'_> {
 
     /// Whether a chunk is there and sound.
     fn has(&self, chunk: Chunk) -> bool {
+        if chunk.offset() >= self.staged.found() {
+            return false;
+        }
         let mut bytes = vec![0; self.table.chunk_len(chunk)];
-        chunk.offset() < self.staged.found()
-            && self.data.read_exact_at(&mut bytes, chunk.offset()).is_ok()
+        self.data.read_exact_at(&mut bytes, chunk.offset()).is_ok()
             && self.table.sum(chunk) == Some(ChunkSum::of(&bytes))
     }
 
