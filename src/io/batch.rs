@@ -7,7 +7,7 @@
 use crate::io::Buf;
 
 /// Bytes of the longest header that a part can carry.
-pub const HEADER: usize = 40;
+pub const HEADER: usize = 44;
 
 /// Parts of one send at most: two vector entries each stay below the kernel's limit of 1024.
 pub const PARTS: usize = 256;

@@ -36,6 +36,7 @@ use super::{
     batch::Batch,
     buf::{POOL, Pool},
     poll::Poll as Polling,
+    sys,
     task::{Inbox, Tasks},
     timers::{Sleep, Timers},
 };
@@ -204,9 +205,9 @@ impl Ring {
             }
             self.arm_mail()?;
             let idle = inner.inbox.may_sleep();
-            if idle && inner.polling.wanted(inner.disk_ops.get()) {
+            if idle && let Some(habit) = inner.polling.wanted(inner.disk_ops.get()) {
                 self.enter(0)?;
-                inner.polling.look(|| {
+                habit.look(|| {
                     let mut uring = inner.uring.borrow_mut();
                     uring.submission().taskrun() || !uring.completion().is_empty()
                 });
@@ -290,6 +291,9 @@ impl Ring {
         let disk = usize::from(keep.is_disk());
         let key = self.0.ops.borrow_mut().insert(Op { state: State::Pending(None), keep });
         self.0.disk_ops.set(self.0.disk_ops.get() + disk);
+        if disk > 0 {
+            self.0.polling.disk_is_asked();
+        }
         if let Err(error) = self.push(&entry.user_data(key as u64)) {
             self.0.disk_ops.set(self.0.disk_ops.get() - disk);
             // The kernel refused the whole ring: every operation fails the same way.
@@ -369,6 +373,11 @@ impl Ring {
         socket: &Arc<OwnedFd>,
         mut batch: Box<Batch>,
     ) -> (Result<()>, Box<Batch>) {
+        // Most often there is room for all of it.
+        match sys::send_now(socket.as_raw_fd(), &mut batch) {
+            Err(error) if !again(&error) => return (Err(error), batch),
+            _ => {}
+        }
         while batch.left() > 0 {
             let fd = types::Fd(socket.as_raw_fd());
             let flags = (libc::MSG_NOSIGNAL | libc::MSG_WAITALL) as u32;
@@ -472,7 +481,11 @@ impl Io for Ring {
 
     async fn read(&self, file: &RingFile, buf: Buf, offset: u64) -> Result<()> {
         let fd = types::Fd(file.fd());
-        let mut done = 0;
+        // What is in the page cache is copied at once: that is less work than an operation of the ring's.
+        let mut done = match file.align() {
+            1 => sys::read_cached(file.fd(), &buf, offset),
+            _ => 0,
+        };
         while done < buf.len() {
             let rest = buf.slice(done..buf.len());
             let (at, len) = (offset + done as u64, rest.len().min(MAX_IO) as u32);
