@@ -5,6 +5,8 @@
 
 use std::{
     fs,
+    io::{BufRead, BufReader, Read},
+    net::{TcpListener, TcpStream},
     os::{
         fd::OwnedFd,
         unix::net::{UnixDatagram, UnixListener},
@@ -171,13 +173,10 @@ fn activated_sockets_are_served_and_left_in_place() {
     let path = daemon.path("activated.sock");
     let listener = OwnedFd::from(UnixListener::bind(&path).unwrap());
     let serve = |names: &str| {
-        let mut command = Command::new("sh");
-        // Descriptor 3, and the process's own number, as a service manager arranges it.
-        command.arg("-c").arg("LISTEN_PID=$$ LISTEN_FDS=1 exec \"$0\" \"$@\" 3<&0 0</dev/null");
-        command.arg(PROGRAM).arg("serve").arg("--state").arg(daemon.path("state2"));
+        let mut command = activated(&listener, names);
+        command.arg("serve").arg("--state").arg(daemon.path("state2"));
         command.arg("--socket").arg(daemon.path("unused.sock"));
         command.arg("--nbd-socket").arg(daemon.path("n2.sock"));
-        command.env("LISTEN_FDNAMES", names).stdin(listener.try_clone().unwrap());
         command.stdout(Stdio::null()).stderr(Stdio::piped());
         command
     };
@@ -193,8 +192,55 @@ fn activated_sockets_are_served_and_left_in_place() {
     assert!(child.wait().unwrap().success());
     assert!(path.exists(), "the service manager's socket is its own");
 
-    let output = serve("telnet").output().unwrap();
-    assert_eq!(output.status.code(), Some(1));
+    // One that nobody knows, one of the wrong kind.
+    for name in ["telnet", "nbd-tcp"] {
+        let output = serve(name).output().unwrap();
+        assert_eq!(output.status.code(), Some(1));
+        let told = String::from_utf8(output.stderr).unwrap();
+        assert!(told.contains(name), "{told}");
+    }
+}
+
+#[test]
+fn an_activated_tcp_socket_is_served_as_the_configuration_says() {
+    let daemon = Daemon::start();
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = listener.local_addr().unwrap();
+    let listener = OwnedFd::from(listener);
+    let config = daemon.path("activated.toml");
+    let serve = |text: &str| {
+        std::fs::write(&config, text).unwrap();
+        let mut command = activated(&listener, "nbd-tcp");
+        command.args(["serve", "--json", "--config"]).arg(&config);
+        command.arg("--state").arg(daemon.path("state2")).arg("--socket").arg(daemon.path("s2"));
+        command.arg("--nbd-socket").arg(daemon.path("n2.sock"));
+        command
+    };
+    let output = serve("").output().unwrap();
     let told = String::from_utf8(output.stderr).unwrap();
-    assert!(told.contains("telnet"), "{told}");
+    assert!(output.status.code() == Some(1) && told.contains("nbd_listen"), "{told}");
+    // The address is the socket's, whatever the configuration says.
+    let mut child = serve("nbd_listen = \"1\"\nnbd_insecure = true\n")
+        .stdout(Stdio::piped())
+        .stderr(Stdio::null())
+        .spawn()
+        .unwrap();
+    let mut client = TcpStream::connect(address).unwrap();
+    let mut greeting = [0; 18];
+    client.read_exact(&mut greeting).unwrap();
+    assert_eq!(&greeting[..16], b"NBDMAGICIHAVEOPT");
+    let told = BufReader::new(child.stdout.take().unwrap()).lines().map(Result::unwrap);
+    let mut told = told.filter(|line| line.contains("nbd_address"));
+    assert!(told.next().unwrap().contains(&address.to_string()));
+    nix::sys::signal::kill(nix::unistd::Pid::from_raw(child.id() as i32), Signal::SIGTERM).unwrap();
+    assert!(child.wait().unwrap().success());
+}
+
+/// The program with `listener` handed over as a service manager does: descriptor 3, and the process's own
+/// number.
+fn activated(listener: &OwnedFd, names: &str) -> Command {
+    let mut command = Command::new("sh");
+    command.arg("-c").arg("LISTEN_PID=$$ LISTEN_FDS=1 exec \"$0\" \"$@\" 3<&0 0</dev/null");
+    command.arg(PROGRAM).env("LISTEN_FDNAMES", names).stdin(listener.try_clone().unwrap());
+    command
 }

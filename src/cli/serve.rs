@@ -1,6 +1,13 @@
 //! `underlay serve`: the daemon.
 
-use std::{io::IsTerminal, net::SocketAddr, path::PathBuf, sync::Arc, time::Duration};
+use std::{
+    io::IsTerminal,
+    net::{SocketAddr, TcpListener},
+    os::unix::net::UnixListener,
+    path::PathBuf,
+    sync::Arc,
+    time::Duration,
+};
 
 use clap::Args;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
@@ -18,7 +25,7 @@ use crate::{
         socket::{self, Socket},
     },
     error::{Context, Error, Kind, Result},
-    io::inherit,
+    io::inherit::{self, Listener},
 };
 
 /// Run the daemon: it keeps the disks, serves the NBD socket and answers the other commands.
@@ -26,7 +33,7 @@ use crate::{
 /// It starts with no configuration. SIGTERM and SIGINT end it: no more clients are taken, requests
 /// under way are answered, everything is flushed; a second one ends it at once. After SIGKILL or a
 /// crash it recovers at the next start. Speaks systemd's readiness and socket activation (sockets
-/// named `control` and `nbd`).
+/// named `control`, `nbd` and `nbd-tcp`).
 #[derive(Debug, Args)]
 #[command(after_help = "Examples:\n  \
     underlay serve\n  \
@@ -70,11 +77,11 @@ impl Serve {
         let mut terminate = signal(SignalKind::terminate()).context(|| "awaiting SIGTERM")?;
         let mut interrupt = signal(SignalKind::interrupt()).context(|| "awaiting SIGINT")?;
 
-        let (control, nbd) = sockets(&config)?;
+        let Sockets { control, nbd, tcp: given } = sockets(&config)?;
         let service = Service::start(&config, &nbd).await?;
         let mut server = Server::start(control.listener()?, service.clone())?;
         let nbd_address = match &config.nbd_tcp {
-            Some(tcp) => Some(service.add_nbd(tcp).await?.to_string()),
+            Some(tcp) => Some(service.add_nbd(tcp, given).await?.to_string()),
             None => None,
         };
         if let Some(address) = config.metrics {
@@ -150,28 +157,45 @@ impl Serve {
     }
 }
 
-/// The control and the NBD socket: those that the service manager made, or our own.
-fn sockets(config: &Config) -> Result<(Socket, Socket)> {
-    let mut inherited = inherit::listeners().context(|| "taking over activated sockets")?;
+/// What the daemon listens on.
+struct Sockets {
+    control: Socket,
+    nbd: Socket,
+    /// For NBD over TCP, if the service manager made one.
+    tcp: Option<TcpListener>,
+}
+
+/// The sockets that the service manager made, and our own in the place of those that it did not.
+fn sockets(config: &Config) -> Result<Sockets> {
+    let inherited = inherit::listeners().context(|| "taking over activated sockets")?;
     let group = socket::group(&config.socket_group)?;
-    let mut take = |name: &str, path: &std::path::Path| match inherited
-        .iter()
-        .position(|(given, _)| given == name)
-    {
-        Some(index) => Ok(Socket::inherited(inherited.swap_remove(index).1)),
+    let (mut control, mut nbd, mut tcp) = (None, None, None);
+    for (name, listener) in inherited {
+        match (&name[..], listener) {
+            ("control", Listener::Unix(listener)) => control = Some(listener),
+            ("nbd", Listener::Unix(listener)) => nbd = Some(listener),
+            ("nbd-tcp", Listener::Tcp(listener)) if config.nbd_tcp.is_some() => {
+                tcp = Some(listener)
+            }
+            ("nbd-tcp", Listener::Tcp(_)) => {
+                let what = "activated socket \"nbd-tcp\": set nbd_listen and the certificates too";
+                return Err(Error::new(Kind::Invalid, what));
+            }
+            _ => {
+                let what = format!(
+                    "activated socket {name:?} is not known: set FileDescriptorName= to control or \
+                     nbd (of Unix), or nbd-tcp"
+                );
+                return Err(Error::new(Kind::Invalid, what));
+            }
+        }
+    }
+    let or_own = |given: Option<UnixListener>, path| match given {
+        Some(listener) => Ok(Socket::inherited(listener)),
         None => Socket::bind(path, group),
     };
-    let control = take("control", &config.socket)?;
-    let nbd = take("nbd", &config.nbd_socket)?;
-    if let Some((name, _)) = inherited.first() {
-        return Err(Error::new(
-            Kind::Invalid,
-            format!(
-                "activated socket {name:?} is not known: set FileDescriptorName= to control or nbd"
-            ),
-        ));
-    }
-    Ok((control, nbd))
+    let control = or_own(control, &config.socket)?;
+    Ok(Sockets { control, nbd: or_own(nbd, &config.nbd_socket)?, tcp })
 }
 
 fn shown(socket: &Option<PathBuf>) -> std::path::Display<'_> {

@@ -5,8 +5,9 @@
 
 use std::{
     io::{Error, ErrorKind, Result},
+    net::TcpListener,
     os::{
-        fd::{FromRawFd, OwnedFd},
+        fd::{AsRawFd, FromRawFd, OwnedFd},
         unix::net::UnixListener,
     },
     sync::atomic::{AtomicBool, Ordering},
@@ -15,9 +16,18 @@ use std::{
 use nix::sys::socket::{AddressFamily, SockaddrLike, SockaddrStorage, getsockname, getsockopt};
 use nix::sys::socket::{SockType, sockopt};
 
+/// A socket that was handed over.
+#[derive(Debug)]
+pub enum Listener {
+    /// Of a Unix socket.
+    Unix(UnixListener),
+    /// Of TCP.
+    Tcp(TcpListener),
+}
+
 /// The sockets handed over and their names (`LISTEN_FDNAMES`); none when there was no activation,
-/// and none at a second call. What is no listening Unix stream socket is an error that names it.
-pub fn listeners() -> Result<Vec<(String, UnixListener)>> {
+/// and none at a second call. What is no listening stream socket is an error that names it.
+pub fn listeners() -> Result<Vec<(String, Listener)>> {
     static TAKEN: AtomicBool = AtomicBool::new(false);
     let descriptors: Vec<_> = sd_notify::listen_fds_with_names()?.collect();
     if TAKEN.swap(true, Ordering::SeqCst) {
@@ -37,14 +47,18 @@ pub fn listeners() -> Result<Vec<(String, UnixListener)>> {
         .collect()
 }
 
-fn as_listener(descriptor: OwnedFd) -> Result<UnixListener> {
-    let wrong = || Error::new(ErrorKind::InvalidInput, "not a listening Unix stream socket");
-    let address: SockaddrStorage =
-        getsockname(std::os::fd::AsRawFd::as_raw_fd(&descriptor)).map_err(|_| wrong())?;
-    let unix = address.family() == Some(AddressFamily::Unix);
+fn as_listener(descriptor: OwnedFd) -> Result<Listener> {
+    let wrong = || Error::new(ErrorKind::InvalidInput, "not a listening Unix or TCP socket");
     let stream = getsockopt(&descriptor, sockopt::SockType).ok() == Some(SockType::Stream);
     let listens = getsockopt(&descriptor, sockopt::AcceptConn).ok() == Some(true);
-    if unix && stream && listens { Ok(UnixListener::from(descriptor)) } else { Err(wrong()) }
+    let address: SockaddrStorage = getsockname(descriptor.as_raw_fd()).map_err(|_| wrong())?;
+    match address.family() {
+        Some(AddressFamily::Unix) if stream && listens => Ok(Listener::Unix(descriptor.into())),
+        Some(AddressFamily::Inet | AddressFamily::Inet6) if stream && listens => {
+            Ok(Listener::Tcp(descriptor.into()))
+        }
+        _ => Err(wrong()),
+    }
 }
 
 #[cfg(test)]
@@ -52,14 +66,18 @@ mod tests {
     use super::*;
 
     #[test]
-    fn only_listening_unix_sockets_are_taken() {
+    fn only_listening_sockets_are_taken() {
         let directory = tempfile::tempdir().unwrap();
         let listener = UnixListener::bind(directory.path().join("s")).unwrap();
-        assert!(as_listener(listener.into()).is_ok());
+        assert!(matches!(as_listener(listener.into()), Ok(Listener::Unix(_))));
+        let tcp = TcpListener::bind("127.0.0.1:0").unwrap();
+        let client = std::net::TcpStream::connect(tcp.local_addr().unwrap()).unwrap();
+        assert!(matches!(as_listener(tcp.into()), Ok(Listener::Tcp(_))));
+        assert!(as_listener(client.into()).is_err(), "connected, not listening");
+        let packets = std::net::UdpSocket::bind("127.0.0.1:0").unwrap();
+        assert!(as_listener(packets.into()).is_err(), "no stream");
         let (a, _b) = std::os::unix::net::UnixStream::pair().unwrap();
         assert!(as_listener(a.into()).is_err(), "connected, not listening");
-        let tcp = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
-        assert!(as_listener(tcp.into()).is_err(), "not a Unix socket");
         let file = std::fs::File::open("/dev/null").unwrap();
         assert!(as_listener(file.into()).is_err());
     }

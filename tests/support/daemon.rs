@@ -90,6 +90,11 @@ impl Daemon {
         String::from_utf8(output.stdout).unwrap()
     }
 
+    /// Whether a command of the program's succeeds now.
+    pub fn does(&self, args: &[&str]) -> bool {
+        self.command(args).output().unwrap().status.success()
+    }
+
     fn command(&self, args: &[&str]) -> Command {
         let mut command = Command::new(PROGRAM);
         command.args(args).env("UNDERLAY_SOCKET", self.path("control")).stdin(Stdio::null());
