@@ -110,8 +110,12 @@ impl Client {
     fn read(&mut self, offset: u64, len: u64) -> Vec<u8> {
         let mut chunks = self.ask(0, READ, offset, len, &[]);
         let (done, kind, payload) = chunks.remove(0);
-        assert!(done && kind == 1 && payload[..8] == offset.to_be_bytes());
-        payload[8..].to_vec()
+        assert!(done && payload[..8] == offset.to_be_bytes());
+        match kind {
+            1 => payload[8..].to_vec(),
+            2 => vec![0; u32::from_be_bytes(payload[8..].try_into().unwrap()) as usize],
+            other => panic!("a chunk of type {other} in answer to READ"),
+        }
     }
 
     /// The error of a request that fails.
@@ -221,6 +225,35 @@ fn effects_of_more_than_32_bits_are_one_request() {
     assert_eq!(client.status(0, 0, SIZE, &[])[1].1, [(SIZE, 0)]);
     assert_eq!(client.read(far, 4096), [0; 4096]);
     assert_eq!(client.read(0, 4096), [0; 4096]);
+}
+
+#[test]
+fn much_that_is_zeros_is_answered_without_it() {
+    let (daemon, content) = start();
+    let mut client = Client::open(&daemon, "replica/vm");
+    let hole = |offset: u64, len: u64| {
+        let payload = [&offset.to_be_bytes()[..], &(len as u32).to_be_bytes()].concat();
+        [(true, 2, payload)]
+    };
+    for (offset, len) in [(MIB, MIB), (SIZE - MIB, MIB), (MIB + 4096, 1 << 16)] {
+        for flags in [0, DF] {
+            assert_eq!(client.ask(flags, READ, offset, len, &[]), hole(offset, len));
+        }
+    }
+    // Little of it is sent, and so is what is zeros in part.
+    for (offset, len) in [(MIB, 32768), (MIB - 512, MIB)] {
+        let chunks = client.ask(0, READ, offset, len, &[]);
+        assert_eq!((chunks.len(), chunks[0].1), (1, 1));
+        assert!(chunks[0].2[8..] == content[offset as usize..][..len as usize]);
+    }
+    // What was written there is no hole, until it is discarded.
+    client.write(MIB + 70_000, &[9; 512]);
+    let chunks = client.ask(0, READ, MIB, MIB, &[]);
+    assert!(chunks[0].1 == 1 && chunks[0].2[8 + 70_000] == 9);
+    client.does(0, TRIM, MIB, MIB);
+    assert_eq!(client.ask(0, READ, MIB, MIB, &[]), hole(MIB, MIB));
+    let mut base = Client::open(&daemon, "image/base");
+    assert_eq!(base.ask(0, READ, MIB, MIB, &[]), hole(MIB, MIB));
 }
 
 #[test]

@@ -32,7 +32,7 @@ use super::{
 };
 use crate::{
     blockdev::{
-        Device, Extent, Provision,
+        Device, Extent, Grain, Holder, Provision,
         device::caught,
         figures::{Operation, Operations},
     },
@@ -56,6 +56,9 @@ const FILTER: usize = 8 + 4 * Context::ALL.len();
 
 /// What one BLOCK_STATUS looks at, in bytes, at most: clients ask again from where an answer ends.
 const STATUS: u64 = 1 << 40;
+
+/// Reads of so many bytes and more are answered without data where there are only zeros.
+const HOLE: u32 = 64 << 10;
 
 /// Bytes of the receive buffer: some thirty writes of 4 KiB.
 const RECEIVE: usize = 128 << 10;
@@ -297,7 +300,10 @@ impl<D: Device<Ring>> Session<D> {
     async fn serve(&self, answer: Answer, task: Task, buf: Option<Buf>) -> Result<Part> {
         let (device, ring) = (&*self.device, &self.ring);
         let durability = match (task, buf) {
-            (Task::Read { offset, len, .. }, Some(buf)) => {
+            (Task::Read { offset, len }, Some(_)) if self.is_hole(answer, offset, len) => {
+                return Ok(Part::new(&answer.hole(len), None));
+            }
+            (Task::Read { offset, len }, Some(buf)) => {
                 device.read(ring, offset, buf.clone()).await?;
                 return Ok(Part::new(&answer.data(len), Some(buf)));
             }
@@ -329,6 +335,17 @@ impl<D: Device<Ring>> Session<D> {
             device.flush(ring).await?;
         }
         Ok(Part::new(&answer.done(), None))
+    }
+
+    /// Whether to answer a read by a hole: a client that knows chunks asks for much that is zeros.
+    fn is_hole(&self, answer: Answer, offset: u64, len: u32) -> bool {
+        if answer.headers == Headers::Simple || len < HOLE {
+            return false;
+        }
+        let mut first = Vec::new();
+        self.device.extents(offset, len.into(), Grain::Zeros, 1, &mut first);
+        let zeros = |extent: &Extent| extent.holder == Holder::Nobody && extent.len >= len.into();
+        first.first().is_some_and(zeros)
     }
 
     /// A chunk for each context, in one part.

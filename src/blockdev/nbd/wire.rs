@@ -36,8 +36,8 @@ pub const REQUEST_HEADER: usize = 32;
 pub const SIMPLE_REPLY: usize = 16;
 /// Bytes of a chunk's header before its payload, the longer kind.
 pub const CHUNK_HEADER: usize = 32;
-/// Bytes before the data of an OFFSET_DATA chunk, at most: header and offset.
-pub const DATA_HEADER: usize = CHUNK_HEADER + 8;
+/// Bytes of an OFFSET_HOLE chunk, at most: header, offset and length. Nothing else is as long but its data.
+pub const HOLE_CHUNK: usize = CHUNK_HEADER + 12;
 /// Zeroes after the answer to EXPORT_NAME, unless the client does without.
 pub const EXPORT_NAME_PADDING: usize = 124;
 
@@ -284,7 +284,7 @@ pub enum Place {
 /// The first bytes of a reply, or all of it.
 #[derive(Clone, Copy)]
 pub struct Head {
-    bytes: [u8; DATA_HEADER],
+    bytes: [u8; HOLE_CHUNK],
     len: usize,
 }
 
@@ -297,7 +297,7 @@ impl std::ops::Deref for Head {
 }
 
 impl Head {
-    const EMPTY: Head = Head { bytes: [0; DATA_HEADER], len: 0 };
+    const EMPTY: Head = Head { bytes: [0; HOLE_CHUNK], len: 0 };
 
     /// Appends a field. What is appended in all is known at each place, and fits.
     fn put<const N: usize>(&mut self, field: [u8; N]) {
@@ -343,6 +343,15 @@ impl Answer {
         }
         let mut head = self.chunk(Place::Last, chunk::OFFSET_DATA, len + 8);
         head.put(self.offset.to_be_bytes());
+        head
+    }
+
+    /// All of the reply to a READ of `len` bytes that are zeros. Only where there are chunks.
+    pub fn hole(&self, len: u32) -> Head {
+        debug_assert!(len > 0 && self.headers != Headers::Simple, "a hole of {len} bytes");
+        let mut head = self.chunk(Place::Last, chunk::OFFSET_HOLE, 12);
+        head.put(self.offset.to_be_bytes());
+        head.put(len.to_be_bytes());
         head
     }
 
