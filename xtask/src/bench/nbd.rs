@@ -143,6 +143,11 @@ impl Stage<'_> {
                         overlay.fill("write:4k", "4k", SIZE)?;
                         overlay
                     }
+                    Kind::Again => {
+                        drop(filled.take());
+                        note(*number, lane, self.base(lane)?.measure(load, options, round)?);
+                        continue;
+                    }
                     Kind::Over | Kind::Mixed | Kind::Read => {
                         let overlay = match filled.take() {
                             Some(overlay) => overlay,
@@ -290,7 +295,7 @@ impl Target {
     fn measure(&self, load: &Load, options: &Options, round: u32) -> Result<Sample> {
         let size = match load.kind {
             Kind::Over | Kind::Mixed => HOT,
-            Kind::Read | Kind::Touch | Kind::Half => SIZE,
+            Kind::Read | Kind::Touch | Kind::Half | Kind::Again => SIZE,
         };
         let fio = tool("fio", ["--name=bench", "--output-format=json"])
             .args([
