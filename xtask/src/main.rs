@@ -29,6 +29,7 @@ mod scale;
 mod setup;
 mod sick;
 mod slow;
+mod soak;
 mod subject;
 mod survive;
 mod test;
@@ -137,6 +138,18 @@ enum Chore {
         #[arg(long, default_value_t = 1)]
         seed: u64,
     },
+    /// Rig: NBD clients that come and go for long, against a model; memory and open files must not grow
+    Soak {
+        /// For how long
+        #[arg(long, default_value_t = 10)]
+        minutes: u64,
+        /// How many clients
+        #[arg(long, default_value_t = 16)]
+        clients: usize,
+        /// The seed of what they do
+        #[arg(long, default_value_t = 1)]
+        seed: u64,
+    },
     /// The server of a disk that can be ill
     #[command(hide = true)]
     SlowDisk {
@@ -225,6 +238,10 @@ fn run(chore: Chore, only: Option<String>) -> Result<()> {
         Chore::Churn { rounds, seed } => chaos::churn(&Lab::open()?, rounds, seed, &mut report),
         Chore::Chaos { minutes, seed } => {
             chaos::chaos(&Lab::open()?, Duration::from_secs(minutes * 60), seed, &mut report);
+        }
+        Chore::Soak { minutes, clients, seed } => {
+            let time = Duration::from_secs(minutes * 60);
+            soak::run(&Lab::open()?, clients, time, seed, &mut report);
         }
         Chore::Demo => demo::run(&Lab::open()?, &mut report),
         Chore::Metrics => metrics::run(&Lab::open()?, &mut report),

@@ -15,15 +15,16 @@ use crate::subject::Against;
 use crate::tool::tool;
 use crate::{
     chaos, clients, demo, ebpf, guest, hostile, kill, metrics, packaging, place, probes, promotion,
-    savings, scale, sick, survive, tls, vm,
+    savings, scale, sick, soak, survive, tls, vm,
 };
 
 /// How long cargo may build and test, on two slow processors.
 const CARGO: Duration = Duration::from_secs(35 * 60);
 
-/// How much of the two rigs that take as long as they are told to.
+/// How much of the rigs that take as long as they are told to.
 const CHURN: u64 = 8;
 const CHAOS: Duration = Duration::from_secs(50);
+const SOAK: Duration = Duration::from_secs(30);
 
 /// Everything.
 pub fn run(report: &mut Report) -> Result<()> {
@@ -75,6 +76,7 @@ pub fn rigs(report: &mut Report) -> Result<()> {
     survive::run(&lab, Duration::from_secs(6), false, report);
     chaos::churn(&lab, CHURN, 1, report);
     chaos::chaos(&lab, CHAOS, 1, report);
+    soak::run(&lab, 16, SOAK, 1, report);
     hostile::run(&lab, 1, report);
     sick::run(&lab, report);
     vm::run(&lab, &vm::Options::everything(), report);

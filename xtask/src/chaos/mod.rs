@@ -10,7 +10,7 @@ mod call;
 mod check;
 mod churn;
 mod guest;
-mod model;
+pub mod model;
 mod storm;
 mod trouble;
 mod world;
