@@ -103,6 +103,10 @@ fn one_that_clients_have_open_is_refused_unless_live() {
     assert!(!raw.exists());
     daemon.ok(&["replica", "export", "vm1", text(&raw), "--live"]);
     assert!(fs::read(&raw).unwrap() == content, "nobody wrote meanwhile");
+    // More than is on its way to one who reads slowly.
+    for at in (8..32).map(|at| (at * MIB) as u64) {
+        client.write(0, at, &vec![at as u8 | 1; MIB]).unwrap();
+    }
     client.close();
     until("the client's end", || {
         let clients = daemon.json(&["replica", "inspect", "vm1"])["clients"].clone();

@@ -114,8 +114,15 @@ fn sources() -> String {
 }
 
 #[test]
-fn each_line_of_the_failure_model_has_its_test() {
-    let (text, sources) = (document("docs/failure-model.md"), sources());
+fn each_line_of_the_failure_model_and_of_hostile_clients_has_its_test() {
+    let sources = sources();
+    let failures = tests_of(&document("docs/failure-model.md"), &sources);
+    let clients = tests_of(&document("docs/hostile.md"), &sources);
+    assert!(failures >= 25 && clients >= 30, "{failures} and {clients} tests");
+}
+
+/// Looks that the tests in the last column of a document's table are there; how many they are.
+fn tests_of(text: &str, sources: &str) -> usize {
     let mut count = 0;
     for line in text.lines().filter(|line| line.starts_with("| ")) {
         let tests = line.trim_end_matches('|').rsplit('|').next().unwrap().trim();
@@ -132,7 +139,7 @@ fn each_line_of_the_failure_model_has_its_test() {
             count += 1;
         }
     }
-    assert!(count >= 25, "{count} tests");
+    count
 }
 
 #[test]

@@ -1,11 +1,18 @@
 //! Connections that break, stall, or outlive the daemon.
 
-use std::{io::Write, net::Shutdown, time::Duration};
+use std::{
+    io::{Read, Write},
+    net::Shutdown,
+    os::unix::net::UnixStream,
+    time::Duration,
+};
+
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
 
 use crate::{
     IMAGE, Target,
     daemon::Daemon,
-    nbd::{DISC, READ, WRITE, handshake, request},
+    nbd::{Client, DISC, FUA, PATIENCE, READ, Replies, TRIM, WRITE, handshake, request},
     replies_to_reads, wait_until,
 };
 
@@ -171,4 +178,68 @@ fn clients_that_stay_do_not_hold_up_the_end() {
     let mut client = target.writer();
     assert_eq!(client.read(4096, 4).unwrap(), b"kept");
     client.close();
+}
+
+#[test]
+fn clients_that_are_in_go_on_while_others_wait_for_a_place() {
+    /// Connections that are served at once.
+    const PLACES: usize = 1024;
+    let target = Target::new();
+    let Some(daemon) = &target.daemon else { return };
+    let (_, most) = getrlimit(Resource::RLIMIT_NOFILE).unwrap();
+    setrlimit(Resource::RLIMIT_NOFILE, most, most).unwrap();
+    let mut first = target.writer();
+    assert_eq!(first.write(0, IMAGE + 4096, b"first"), Ok(()));
+    let files = daemon.files();
+    let mut idle: Vec<_> = (1..PLACES).map(|_| target.writer()).collect();
+    // There is no place left: the kernel holds whoever comes now, unanswered.
+    let mut late = UnixStream::connect(&target.socket).unwrap();
+    late.set_read_timeout(Some(Duration::from_millis(300))).unwrap();
+    let mut greeting = [0; 18];
+    assert!(late.read_exact(&mut greeting).is_err(), "a place too many");
+    for (index, client) in idle.iter_mut().enumerate().step_by(101) {
+        assert_eq!(client.write(0, IMAGE + (1 << 20) + index as u64 * 512, &[7; 512]), Ok(()));
+    }
+    assert_eq!(first.read(IMAGE + 4096, 5).unwrap(), b"first");
+    let memory = daemon.memory();
+    assert!(memory < 512 << 20, "{} MiB for idle clients", memory >> 20);
+    // The first who goes makes room.
+    idle.pop();
+    late.set_read_timeout(Some(PATIENCE)).unwrap();
+    late.read_exact(&mut greeting).unwrap();
+    assert_eq!(&greeting[..8], b"NBDMAGIC");
+    drop((idle, late));
+    wait_until("connections that are gone stay open", || daemon.files() <= files + 2);
+    assert_eq!(first.flush(), Ok(()));
+    target.serves();
+}
+
+#[test]
+fn a_replica_goes_and_grows_beneath_clients_that_vanish() {
+    let target = Target::new();
+    let Some(daemon) = &target.daemon else { return };
+    let files = daemon.files();
+    for round in 0..12_u64 {
+        daemon.replica("brief", "base", "16M");
+        let mut client = Client::open(&target.socket, "replica/brief", Replies::Structured);
+        // It reads no reply, so that at last the server takes no more.
+        client.stream.set_write_timeout(Some(Duration::from_millis(100))).unwrap();
+        for index in 0..100 {
+            let mut asked = request(0, WRITE, index, index << 16, 65536);
+            asked.extend([round as u8; 65536]);
+            asked.extend(request(FUA, TRIM, index, index << 16, 4096));
+            asked.extend(request(0, READ, index, 0, 1 << 18));
+            if client.stream.write_all(&asked).is_err() {
+                break;
+            }
+        }
+        if round % 2 == 0 {
+            daemon.run(&["replica", "resize", "brief", &format!("{}M", 32 + round)]);
+        }
+        drop(client);
+        // It is in use until the last of its requests has ended, and that is soon.
+        wait_until("a replica stays in use", || daemon.does(&["replica", "rm", "brief"]));
+    }
+    wait_until("files of removed replicas stay open", || daemon.files() <= files + 2);
+    target.serves();
 }

@@ -176,3 +176,43 @@ fn one_content_chunk_if_asked_for() {
     }
     client.close();
 }
+
+#[test]
+fn requests_that_stall_anywhere_hold_nobody_up() {
+    let target = Target::new();
+    let at = |stop: usize| IMAGE + stop as u64 * 512;
+    let whole = |stop: usize| {
+        let mut bytes = request(0, WRITE, stop as u64, at(stop), 512);
+        bytes.extend([0x5a; 512]);
+        bytes
+    };
+    let mut stalled: Vec<_> = (0..28)
+        .chain((28..540).step_by(37))
+        .map(|stop| {
+            let mut client = target.writer();
+            client.send(&whole(stop)[..stop]);
+            (client, stop)
+        })
+        .collect();
+    target.serves();
+    // Every second one finds its way on, byte by byte; the others vanish, and with them what they began.
+    let mut index = 0;
+    let mut gone = vec![];
+    stalled.retain(|(_, stop)| {
+        index += 1;
+        gone.extend((index % 2 == 1).then_some(*stop));
+        index % 2 == 0
+    });
+    for (client, stop) in &mut stalled {
+        for byte in &whole(*stop)[*stop..] {
+            client.send(&[*byte]);
+        }
+        assert_eq!(client.done_reply(*stop as u64), Ok(()));
+        assert_eq!(client.read(at(*stop), 512).unwrap(), [0x5a; 512]);
+    }
+    let mut client = target.writer();
+    for stop in gone {
+        assert_eq!(client.read(at(stop), 512).unwrap(), [0; 512], "{stop} bytes of a request");
+    }
+    client.close();
+}
