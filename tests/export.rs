@@ -96,7 +96,7 @@ fn raw_and_qcow2_hold_what_clients_read() {
 #[test]
 fn one_that_clients_have_open_is_refused_unless_live() {
     let (daemon, _, content) = start();
-    let client = Client::open(&daemon.nbd_socket(), "replica/vm1", Replies::Simple);
+    let mut client = Client::open(&daemon.nbd_socket(), "replica/vm1", Replies::Simple);
     let raw = daemon.path("vm1.raw");
     let told = daemon.fails(&["replica", "export", "vm1", text(&raw)]);
     assert!(told.contains("--live") && told.contains("vm1"), "{told}");
