@@ -2,7 +2,7 @@
 //! grows nor leaks; every other client goes on; a request that makes no sense has the error that the
 //! protocol names for it; and reads return what was written, at any offset and length.
 //!
-//! `handshakes`, `requests`, `connections` are what clients do; `model` is that all of it leaves the
+//! `handshakes`, `requests`, `long`, `connections` are what clients do; `model` is that all of it leaves the
 //! content right. Each scenario has a daemon of its own. With `NBD_TARGET=SOCKET,WRITABLE,READONLY` the scenarios
 //! that need no more than a socket run against another server, to compare: its writable export
 //! has 8 GiB, both begin with the content of [`content`].
@@ -13,6 +13,7 @@ mod connections;
 #[path = "../support/daemon.rs"]
 mod daemon;
 mod handshakes;
+mod long;
 mod model;
 #[path = "../support/nbd.rs"]
 mod nbd;

@@ -155,7 +155,7 @@ fn requests_may_share_a_cookie() {
 fn one_content_chunk_if_asked_for() {
     let target = Target::new();
     let mut client = target.writer();
-    for (offset, len) in [(0, 65536), (60_000, 65536), (1 << 20, 1 << 20)] {
+    for (offset, len) in [(0, 65536), (60_000, 65536), (1 << 20, 1 << 20), (777, 7 << 20)] {
         client.send(&request(DF, READ, 1, offset, len));
         let mut contents = 0;
         loop {

@@ -3,12 +3,14 @@
 //! `wire` knows bytes, `task` what a request may ask of an export, `options` the data of the
 //! handshake's options, `handshake` their order. None of them does I/O, allocates without a bound
 //! or panics, whatever a client sends. `reception` takes clients in, by `tls` where they come
-//! over TCP, `server` keeps account of them, `session` serves their requests on a ring.
+//! over TCP, `server` keeps account of them, `session` serves their requests on a ring, with the
+//! memory that `reserve` allows.
 
 pub mod context;
 pub mod handshake;
 mod options;
 mod reception;
+mod reserve;
 pub mod server;
 pub mod session;
 pub mod task;

@@ -27,6 +27,7 @@ use tokio::{
 use super::{
     Contexts, Headers, Terms, Tls,
     reception::{CLIENT_SOCKET, Caller, Listener, Settled},
+    reserve::{Reserve, Share},
     session, tls,
 };
 use crate::{
@@ -68,6 +69,7 @@ struct Shared {
     slots: Arc<Semaphore>,
     sessions: Mutex<Vec<Weak<Session>>>,
     served: AtomicU64,
+    reserve: Arc<Reserve>,
 }
 
 /// A connection in transmission.
@@ -120,8 +122,14 @@ impl Server {
     /// Serves `exports` to whoever connects to `listener`, from within a tokio runtime.
     pub fn start(listener: UnixListener, rings: Arc<Rings>, exports: Arc<dyn Exports>) -> Server {
         let slots = Arc::new(Semaphore::new(MAX_CONNECTIONS));
-        let (sessions, served) = (Mutex::default(), AtomicU64::new(0));
-        let shared = Arc::new(Shared { rings, exports, slots: slots.clone(), sessions, served });
+        let shared = Arc::new(Shared {
+            rings,
+            exports,
+            slots: slots.clone(),
+            sessions: Mutex::default(),
+            served: AtomicU64::new(0),
+            reserve: Arc::default(),
+        });
         let (stop, stopped) = watch::channel(false);
         tokio::spawn(shared.clone().accept(Listener::Unix(listener), slots, stopped));
         Server { shared, stop }
@@ -292,6 +300,7 @@ impl Shared {
     /// Serves a connection's requests until it ends.
     async fn transmit(&self, session: Arc<Session>, terms: Terms, early: Vec<u8>) {
         let (socket, export) = (session.socket.clone(), session.export.clone());
+        let share = Share::of(&self.reserve);
         tracing::debug!(export = export.name, "NBD client connected");
         let end = self
             .rings
@@ -299,10 +308,12 @@ impl Shared {
                 let figures = export.figures.of(Front::Nbd);
                 match &export.device {
                     AnyDevice::Base(base) => {
-                        session::serve(ring, socket, base.clone(), terms, early, figures).await
+                        session::serve(ring, socket, base.clone(), terms, early, figures, share)
+                            .await
                     }
                     AnyDevice::Replica(replica) => {
-                        session::serve(ring, socket, replica.clone(), terms, early, figures).await
+                        session::serve(ring, socket, replica.clone(), terms, early, figures, share)
+                            .await
                     }
                 }
             })

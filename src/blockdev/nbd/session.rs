@@ -3,11 +3,11 @@
 //! Three kinds of tasks share a session: the reader parses every request that a receive
 //! brought; workers, started as they are needed and used again, serve one request each at a time;
 //! the sender puts every reply that is ready into one vectored send. In steady state a request costs
-//! no allocation, no lock and no system call of its own.
+//! no allocation, no lock and no system call of its own. What is long goes [piece by piece](data).
 //!
 //! Invariants:
 //! - A request holds credit from its header on until its reply is sent: at most
-//!   [`MAX_REQUESTS`] of them, and [`MAX_BYTES`] of data unless one alone needs more.
+//!   [`MAX_REQUESTS`] of them, and bytes of data as far as the session's [`Share`] goes.
 //! - Every byte of a request's payload is taken from the stream, whether it is served or refused.
 //! - The session ends when its last request has ended, whatever the client does meanwhile.
 
@@ -25,20 +25,29 @@ use std::{
 
 use nix::sys::socket::{Shutdown, shutdown};
 
+mod data;
+mod input;
+mod outbox;
+
+use data::{Whole, credit_for};
+use input::Input;
+use outbox::{Outbox, Parcel, Parts};
+
 use super::{
     context::{Context, Contexts},
+    reserve::Share,
     task::{Durability, Refusal, Task, Terms},
     wire::{Answer, Command, Headers, MAX_PAYLOAD, Place, REQUEST_HEADER, Request, error},
 };
 use crate::{
     blockdev::{
-        Device, Extent, Grain, Holder, Provision,
+        Device, Extent, Provision,
         device::caught,
         figures::{Operation, Operations},
     },
     error::{Error, Kind, Result},
     io::{
-        Buf, Io, Ring,
+        Buf, Ring,
         batch::{Batch, Part},
         signal::Signal,
     },
@@ -47,21 +56,11 @@ use crate::{
 /// Requests that a connection may have under way.
 pub const MAX_REQUESTS: usize = 128;
 
-/// Bytes of requests and replies that a connection may have in memory, unless one request alone
-/// is larger.
-pub const MAX_BYTES: usize = 8 << 20;
-
 /// The longest payload of a BLOCK_STATUS that can be one: a length, and every context there is.
 const FILTER: usize = 8 + 4 * Context::ALL.len();
 
 /// What one BLOCK_STATUS looks at, in bytes, at most: clients ask again from where an answer ends.
 const STATUS: u64 = 1 << 40;
-
-/// Reads of so many bytes and more are answered without data where there are only zeros.
-const HOLE: u32 = 64 << 10;
-
-/// Bytes of the receive buffer: some thirty writes of 4 KiB.
-const RECEIVE: usize = 128 << 10;
 
 /// Why a session ended.
 #[derive(Debug)]
@@ -73,7 +72,7 @@ pub enum End {
 }
 
 /// Serves a connection until it ends. `early` is what the client sent behind its handshake; what is
-/// served is counted in `figures`.
+/// served is counted in `figures`, and what it has in memory in `share`.
 pub async fn serve<D: Device<Ring>>(
     ring: Ring,
     socket: Arc<OwnedFd>,
@@ -81,6 +80,7 @@ pub async fn serve<D: Device<Ring>>(
     terms: Terms,
     early: Vec<u8>,
     figures: Arc<Operations>,
+    share: Share,
 ) -> End {
     let session = Rc::new(Session {
         ring: ring.clone(),
@@ -90,12 +90,12 @@ pub async fn serve<D: Device<Ring>>(
         figures,
         phase: Cell::new(Phase::Open),
         requests: Cell::new(0),
-        bytes: Cell::new(0),
+        share,
         credit: Signal::new(),
         queue: RefCell::default(),
         idle: RefCell::default(),
         workers: Cell::new(0),
-        replies: RefCell::default(),
+        outbox: RefCell::default(),
         ready: Signal::new(),
     });
     ring.spawn(session.clone().send_replies());
@@ -126,35 +126,32 @@ struct Session<D> {
     phase: Cell<Phase>,
     /// Requests under way, from their header until their reply is sent.
     requests: Cell<usize>,
-    /// Bytes of data that they hold.
-    bytes: Cell<usize>,
-    /// Told when requests or bytes get less.
+    /// Bytes of data that they may hold.
+    share: Share,
+    /// Told when what is in memory gets less.
     credit: Signal,
     /// Requests that wait for a worker.
     queue: RefCell<VecDeque<Work>>,
     /// Workers that wait for a request, the last to finish first.
     idle: RefCell<Vec<Waker>>,
     workers: Cell<usize>,
-    replies: RefCell<VecDeque<Reply>>,
+    outbox: RefCell<Outbox>,
     /// Told when there are replies to send, or the session is closed.
     ready: Signal,
 }
 
-/// A request to serve: what it asks, and the data it brought.
+/// A request to serve, or a piece of one: what it asks, and the data it brought.
 struct Work {
     answer: Answer,
     task: Task,
-    /// The data of a write; the memory for a read; empty otherwise.
-    buf: Option<Buf>,
+    /// The data of a write.
+    data: Option<Buf>,
     /// Bytes of credit it holds.
     bytes: usize,
     /// When all of it was here.
     arrived: Instant,
-}
-
-struct Reply {
-    part: Part,
-    bytes: usize,
+    /// What it is a piece of.
+    whole: Option<Rc<Whole>>,
 }
 
 impl<D: Device<Ring>> Session<D> {
@@ -203,27 +200,29 @@ impl<D: Device<Ring>> Session<D> {
             Err(Refusal { error, message }) => {
                 input.skip(payload).await?;
                 self.take_credit(0).await;
-                self.reply(0, failure(answer, request.command, error, message));
+                let part = failure(answer, request.command, error, message);
+                self.send(None, Parcel { part, credit: Some(0), window: None });
                 return Ok(());
             }
         };
         let bytes = match task {
-            Task::Read { len, .. } | Task::Write { len, .. } => len as usize,
+            Task::Read { len, .. } | Task::Write { len, .. } => credit_for(len),
             // What the answer may take, of two words each.
             Task::BlockStatus { contexts, limit, .. } => contexts.len() * limit * 16,
             _ => 0,
         };
         self.take_credit(bytes).await;
-        let has_data = matches!(task, Task::Read { .. } | Task::Write { .. });
-        let buf = has_data.then(|| self.ring.alloc(bytes));
-        if let (Task::Write { .. }, Some(buf)) = (task, &buf)
-            && let Err(error) = input.fill(buf).await
-        {
-            self.give_credit(1, bytes);
-            return Err(error);
+        if let Task::Write { offset, len, durability } = task {
+            return self.receive(answer, (offset, len, durability), bytes, input).await;
         }
         let arrived = Instant::now();
-        self.queue.borrow_mut().push_back(Work { answer, task, buf, bytes, arrived });
+        self.hand_over(Work { answer, task, data: None, bytes, arrived, whole: None });
+        Ok(())
+    }
+
+    /// Gives a worker something to do.
+    fn hand_over(self: &Rc<Self>, work: Work) {
+        self.queue.borrow_mut().push_back(work);
         let idle = self.idle.borrow_mut().pop();
         match idle {
             Some(worker) => worker.wake(),
@@ -233,51 +232,56 @@ impl<D: Device<Ring>> Session<D> {
             }
             None => {}
         }
-        Ok(())
     }
 
     async fn take_credit(&self, bytes: usize) {
-        let fits = || {
-            self.requests.get() == 0
-                || self.requests.get() < MAX_REQUESTS && self.bytes.get() + bytes <= MAX_BYTES
-        };
-        if !fits() {
-            self.credit.wait(fits).await;
-        }
+        let take = || self.requests.get() < MAX_REQUESTS && self.share.take(bytes);
+        self.credit.wait(take).await;
         self.requests.set(self.requests.get() + 1);
-        self.bytes.set(self.bytes.get() + bytes);
     }
 
     fn give_credit(&self, requests: usize, bytes: usize) {
         self.requests.set(self.requests.get() - requests);
-        self.bytes.set(self.bytes.get() - bytes);
+        self.share.give(bytes);
         self.credit.notify();
     }
 
     /// A worker: serves requests until the session closes.
     async fn work(self: Rc<Self>) {
-        while let Some(Work { answer, task, buf, bytes, arrived }) = self.next_work().await {
-            let panicked = || Err(Error::new(Kind::Io, "serving it panicked"));
-            let served = caught(self.serve(answer, task, buf)).await.unwrap_or_else(panicked);
+        while let Some(work) = self.next_work().await {
+            let Work { answer, mut task, data, bytes, arrived, whole } = work;
+            let mut parts = None;
+            let mut served = self.serve(answer, task, data, &mut parts).await;
+            if let Some(whole) = whole {
+                match self.piece_ended(answer, &whole, task, served).await {
+                    Some(ended) => (task, served) = (whole.task(), ended),
+                    None => continue,
+                }
+            }
             if let Some((operation, len)) = counted(task) {
                 self.figures.record(operation, len, arrived.elapsed(), &served);
             }
-            let part = match served {
-                Ok(part) => part,
-                Err(error) => {
-                    if code(task, &error) != error::ENOTSUP {
-                        tracing::warn!(%error, "request failed");
-                    }
-                    let command = match task {
-                        Task::Read { .. } => Command::Read,
-                        Task::BlockStatus { .. } => Command::BlockStatus,
-                        _ => Command::Write,
-                    };
-                    failure(answer, command, code(task, &error), &error.to_string())
-                }
-            };
-            self.reply(bytes, part);
+            let part = served.unwrap_or_else(|error| self.failed(answer, task, &error, &parts));
+            self.send(parts.as_ref(), Parcel { part, credit: Some(bytes), window: None });
         }
+    }
+
+    /// The reply to a request that failed; if some of another is sent already, there is none.
+    fn failed(&self, answer: Answer, task: Task, error: &Error, begun: &Option<Parts>) -> Part {
+        if begun.is_some() {
+            tracing::warn!(%error, "request failed when half of it was answered");
+            self.break_off();
+            return Part::new(&[], None);
+        }
+        if code(task, error) != error::ENOTSUP {
+            tracing::warn!(%error, "request failed");
+        }
+        let command = match task {
+            Task::Read { .. } => Command::Read,
+            Task::BlockStatus { .. } => Command::BlockStatus,
+            _ => Command::Write,
+        };
+        failure(answer, command, code(task, error), &error.to_string())
     }
 
     async fn next_work(&self) -> Option<Work> {
@@ -297,18 +301,32 @@ impl<D: Device<Ring>> Session<D> {
         .await
     }
 
-    async fn serve(&self, answer: Answer, task: Task, buf: Option<Buf>) -> Result<Part> {
+    /// Does what a task asks for; if it panics, it failed.
+    async fn serve(
+        &self,
+        answer: Answer,
+        task: Task,
+        data: Option<Buf>,
+        parts: &mut Option<Parts>,
+    ) -> Result<Part> {
+        let panicked = || Err(Error::new(Kind::Io, "serving it panicked"));
+        caught(self.perform(answer, task, data, parts)).await.unwrap_or_else(panicked)
+    }
+
+    async fn perform(
+        &self,
+        answer: Answer,
+        task: Task,
+        data: Option<Buf>,
+        parts: &mut Option<Parts>,
+    ) -> Result<Part> {
         let (device, ring) = (&*self.device, &self.ring);
-        let durability = match (task, buf) {
-            (Task::Read { offset, len }, Some(_)) if self.is_hole(answer, offset, len) => {
-                return Ok(Part::new(&answer.hole(len), None));
+        let durability = match (task, data) {
+            (Task::Read { offset, len, chunks }, _) => {
+                return self.read(answer, (offset, len, chunks), parts).await;
             }
-            (Task::Read { offset, len }, Some(buf)) => {
-                device.read(ring, offset, buf.clone()).await?;
-                return Ok(Part::new(&answer.data(len), Some(buf)));
-            }
-            (Task::Write { offset, durability, .. }, Some(buf)) => {
-                device.write(ring, offset, buf).await?;
+            (Task::Write { offset, durability, .. }, Some(data)) => {
+                device.write(ring, offset, data).await?;
                 durability
             }
             (Task::Flush, _) => Durability::Durable,
@@ -327,7 +345,7 @@ impl<D: Device<Ring>> Session<D> {
             (Task::BlockStatus { offset, len, contexts, limit }, _) => {
                 return Ok(self.status(answer, offset, len, contexts, limit));
             }
-            (Task::Nothing | Task::Disconnect | Task::Read { .. } | Task::Write { .. }, _) => {
+            (Task::Nothing | Task::Disconnect | Task::Write { .. }, _) => {
                 return Ok(Part::new(&answer.done(), None));
             }
         };
@@ -335,17 +353,6 @@ impl<D: Device<Ring>> Session<D> {
             device.flush(ring).await?;
         }
         Ok(Part::new(&answer.done(), None))
-    }
-
-    /// Whether to answer a read by a hole: a client that knows chunks asks for much that is zeros.
-    fn is_hole(&self, answer: Answer, offset: u64, len: u32) -> bool {
-        if answer.headers == Headers::Simple || len < HOLE {
-            return false;
-        }
-        let mut first = Vec::new();
-        self.device.extents(offset, len.into(), Grain::Zeros, 1, &mut first);
-        let zeros = |extent: &Extent| extent.holder == Holder::Nobody && extent.len >= len.into();
-        first.first().is_some_and(zeros)
     }
 
     /// A chunk for each context, in one part.
@@ -369,41 +376,54 @@ impl<D: Device<Ring>> Session<D> {
         Part::new(&[], Some(Buf::from_bytes(&chunks)))
     }
 
-    fn reply(&self, bytes: usize, part: Part) {
-        self.replies.borrow_mut().push_back(Reply { part, bytes });
+    /// Has a reply sent, or a part of one; among `parts` if it is one of those.
+    fn send(&self, parts: Option<&Parts>, parcel: Parcel) {
+        match parts {
+            Some(parts) => parts.borrow_mut().push_back(parcel),
+            None => self.outbox.borrow_mut().push(parcel),
+        }
         self.ready.notify();
     }
 
     /// The sender: sends replies until the session closes.
     async fn send_replies(self: Rc<Self>) {
         let mut batch = Box::new(Batch::new());
+        let mut windows = Vec::new();
         loop {
-            let something =
-                || !self.replies.borrow().is_empty() || self.phase.get() == Phase::Closed;
+            let something = || self.outbox.borrow().is_ready() || self.phase.get() == Phase::Closed;
             self.ready.wait(something).await;
             if self.phase.get() == Phase::Closed {
                 return;
             }
             let (mut requests, mut bytes) = (0, 0);
             while !batch.is_full()
-                && let Some(reply) = self.replies.borrow_mut().pop_front()
+                && let Some(Parcel { part, credit, window }) = self.outbox.borrow_mut().pop()
             {
-                batch.push(reply.part);
-                requests += 1;
-                bytes += reply.bytes;
+                batch.push(part);
+                requests += usize::from(credit.is_some());
+                bytes += credit.unwrap_or(0);
+                windows.extend(window);
             }
             if self.phase.get() == Phase::Open {
                 let (sent, back) = self.ring.send(&self.socket, batch).await;
                 batch = back;
                 if sent.is_err() {
-                    self.phase.set(Phase::Broken);
-                    // The reader may be waiting for a client that is gone: this ends its receive.
-                    let _ = shutdown(self.fd(), Shutdown::Both);
+                    self.break_off();
                 }
             }
             batch.clear();
+            for window in windows.drain(..) {
+                window.set(window.get() - 1);
+            }
             self.give_credit(requests, bytes);
         }
+    }
+
+    /// Ends the connection, whatever is under way.
+    fn break_off(&self) {
+        self.phase.set(Phase::Broken);
+        // The reader may be waiting for a client that is gone: this ends its receive.
+        let _ = shutdown(self.fd(), Shutdown::Both);
     }
 
     fn fd(&self) -> std::os::fd::RawFd {
@@ -454,75 +474,6 @@ fn counted(task: Task) -> Option<(Operation, u64)> {
             return None;
         }
     })
-}
-
-/// The stream of requests: what was received and not yet taken.
-struct Input<'a, D> {
-    session: &'a Session<D>,
-    buf: Buf,
-    start: usize,
-    end: usize,
-}
-
-impl<'a, D> Input<'a, D> {
-    fn new(session: &'a Session<D>, early: Vec<u8>) -> Input<'a, D> {
-        let buf = Buf::heap(RECEIVE.max(early.len()));
-        buf.copy_from(&early);
-        Input { session, buf, start: 0, end: early.len() }
-    }
-
-    /// Takes as many bytes as there is room for; false at a clean end of the stream.
-    async fn take(&mut self, bytes: &mut [u8]) -> io::Result<bool> {
-        while self.end - self.start < bytes.len() {
-            let rest = self.buf.slice(self.start..self.end);
-            self.buf.copy_from_buf(&rest);
-            (self.start, self.end) = (0, rest.len());
-            if self.receive().await? == 0 {
-                return match self.end {
-                    0 => Ok(false),
-                    _ => Err(io::ErrorKind::UnexpectedEof.into()),
-                };
-            }
-        }
-        self.buf.slice(self.start..self.start + bytes.len()).copy_to(bytes);
-        self.start += bytes.len();
-        Ok(true)
-    }
-
-    async fn receive(&mut self) -> io::Result<usize> {
-        let room = self.buf.slice(self.end..self.buf.len());
-        let received = self.session.ring.recv(&self.session.socket, room).await?;
-        self.end += received;
-        Ok(received)
-    }
-
-    /// The payload of a write: what was received of it, and the rest straight from the socket.
-    async fn fill(&mut self, buf: &Buf) -> io::Result<()> {
-        let here = buf.len().min(self.end - self.start);
-        buf.copy_from_buf(&self.buf.slice(self.start..self.start + here));
-        self.start += here;
-        if here == buf.len() {
-            return Ok(());
-        }
-        let rest = buf.slice(here..buf.len());
-        self.session.ring.recv_exact(&self.session.socket, rest).await
-    }
-
-    /// Takes `len` bytes from the stream and forgets them.
-    async fn skip(&mut self, mut len: u64) -> io::Result<()> {
-        loop {
-            let here = len.min((self.end - self.start) as u64);
-            self.start += here as usize;
-            len -= here;
-            if len == 0 {
-                return Ok(());
-            }
-            (self.start, self.end) = (0, 0);
-            if self.receive().await? == 0 {
-                return Err(io::ErrorKind::UnexpectedEof.into());
-            }
-        }
-    }
 }
 
 #[cfg(test)]

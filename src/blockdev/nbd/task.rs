@@ -26,6 +26,8 @@ pub enum Task {
         offset: u64,
         /// Bytes, 1 to `MAX_PAYLOAD`.
         len: u32,
+        /// How many chunks they may come in.
+        chunks: Chunks,
     },
     /// Write the `len` bytes that follow the header.
     Write {
@@ -80,6 +82,15 @@ pub enum Task {
     Disconnect,
     /// Succeed without doing anything.
     Nothing,
+}
+
+/// How data may be laid out that was asked for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Chunks {
+    /// In one: the client knows no chunks, or asked for that.
+    One,
+    /// In as many as it takes.
+    Many,
 }
 
 /// When a change may be acknowledged.
@@ -180,7 +191,9 @@ impl Task {
         let task = match command {
             Command::Read => {
                 within(request, info, error::EINVAL)?;
-                Task::Read { offset, len: payload(request, terms)? }
+                let in_one = terms.headers == Headers::Simple || flags & command_flag::DF != 0;
+                let chunks = if in_one { Chunks::One } else { Chunks::Many };
+                Task::Read { offset, len: payload(request, terms)?, chunks }
             }
             Command::Write => {
                 writable(info)?;

@@ -335,22 +335,23 @@ impl Answer {
         }
     }
 
-    /// What comes before the `len` bytes of a READ; `len` is neither 0 nor above [`MAX_PAYLOAD`].
-    pub fn data(&self, len: u32) -> Head {
+    /// What comes before `len` bytes from `offset` on that were asked for by a READ; `len` is neither 0 nor above
+    /// [`MAX_PAYLOAD`]. Without chunks, all that was asked for.
+    pub fn data(&self, place: Place, offset: u64, len: u32) -> Head {
         debug_assert!(len > 0 && len <= MAX_PAYLOAD, "a data chunk of {len} bytes");
         if self.headers == Headers::Simple {
             return self.simple(0);
         }
-        let mut head = self.chunk(Place::Last, chunk::OFFSET_DATA, len + 8);
-        head.put(self.offset.to_be_bytes());
+        let mut head = self.chunk(place, chunk::OFFSET_DATA, len + 8);
+        head.put(offset.to_be_bytes());
         head
     }
 
-    /// All of the reply to a READ of `len` bytes that are zeros. Only where there are chunks.
-    pub fn hole(&self, len: u32) -> Head {
+    /// Says that the `len` bytes from `offset` on are zeros. Only where there are chunks.
+    pub fn hole(&self, place: Place, offset: u64, len: u32) -> Head {
         debug_assert!(len > 0 && self.headers != Headers::Simple, "a hole of {len} bytes");
-        let mut head = self.chunk(Place::Last, chunk::OFFSET_HOLE, 12);
-        head.put(self.offset.to_be_bytes());
+        let mut head = self.chunk(place, chunk::OFFSET_HOLE, 12);
+        head.put(offset.to_be_bytes());
         head.put(len.to_be_bytes());
         head
     }

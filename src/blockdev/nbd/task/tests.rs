@@ -140,8 +140,12 @@ fn tasks_carry_what_the_flags_say() {
     let terms = structured(INFO);
     let of = |command, flags| Task::of(&ask(command, flags, 3, 5), &[], INFO, &terms);
     let (offset, len) = (3, 5);
-    assert_eq!(of(Command::Read, command_flag::DF), Ok(Task::Read { offset, len: 5 }));
-    assert_eq!(of(Command::Read, command_flag::FUA), Ok(Task::Read { offset, len: 5 }));
+    let read = |chunks| Ok(Task::Read { offset, len: 5, chunks });
+    assert_eq!(of(Command::Read, command_flag::DF), read(Chunks::One));
+    assert_eq!(of(Command::Read, command_flag::FUA), read(Chunks::Many));
+    let simple = Terms::new(INFO, Headers::Simple, Contexts::default());
+    let plain = Task::of(&ask(Command::Read, 0, 3, 5), &[], INFO, &simple);
+    assert_eq!(plain, read(Chunks::One), "who knows no chunks");
     let durability = Durability::Durable;
     assert_eq!(
         of(Command::Write, command_flag::FUA),

@@ -106,12 +106,12 @@ fn replies_encode_by_the_table() {
     assert_eq!(SIMPLE.done()[..], simple(0));
     assert_eq!(STRUCTURED.done()[..], structured([0, 0], 0, &[]));
     assert_eq!(EXTENDED.done()[..], extended([0, 0], 0, &[]));
-    assert_eq!(SIMPLE.data(10)[..], simple(0));
-    assert_eq!(STRUCTURED.data(10)[..], structured([0, 1], 18, &offset));
-    assert_eq!(EXTENDED.data(10)[..], extended([0, 1], 18, &offset));
+    assert_eq!(SIMPLE.data(Place::Last, 0x1234, 10)[..], simple(0));
+    assert_eq!(STRUCTURED.data(Place::Last, 0x1234, 10)[..], structured([0, 1], 18, &offset));
+    assert_eq!(EXTENDED.data(Place::Last, 0x1234, 10)[..], extended([0, 1], 18, &offset));
     let hole = [&offset[..], &[0, 0, 0, 10]].concat();
-    assert_eq!(STRUCTURED.hole(10)[..], structured([0, 2], 12, &hole));
-    assert_eq!(EXTENDED.hole(10)[..], extended([0, 2], 12, &hole));
+    assert_eq!(STRUCTURED.hole(Place::Last, 0x1234, 10)[..], structured([0, 2], 12, &hole));
+    assert_eq!(EXTENDED.hole(Place::Last, 0x1234, 10)[..], extended([0, 2], 12, &hole));
     let failure = |answer: Answer| {
         let mut output = vec![];
         answer.failure(error::ENOSPC, "bad", &mut output);
