@@ -30,9 +30,9 @@ use crate::units::BLOCK;
 /// Alignment of every slot, in bytes: enough for direct I/O on any device.
 const ALIGN: usize = BLOCK as usize;
 
-/// The slots a pool keeps: (bytes of one, how many). 12 MiB in all.
-const CLASSES: [(usize, usize); 4] =
-    [(4 << 10, 256), (16 << 10, 64), (64 << 10, 32), (256 << 10, 32)];
+/// The slots a pool keeps: (bytes of one, how many). 20 MiB in all.
+const CLASSES: [(usize, usize); 5] =
+    [(4 << 10, 256), (16 << 10, 64), (64 << 10, 32), (256 << 10, 32), (512 << 10, 16)];
 
 /// Bytes of a huge page.
 const HUGE: usize = 2 << 20;
@@ -378,15 +378,15 @@ mod tests {
     #[test]
     fn slots_return_with_their_last_window() {
         let pool = Pool::new(|_, _| false);
-        let all: Vec<Buf> = (0..32).map(|_| pool.alloc(256 << 10)).collect();
+        let all: Vec<Buf> = (0..16).map(|_| pool.alloc(512 << 10)).collect();
         assert!(all.iter().all(is_home));
-        assert!(!is_home(&pool.alloc(256 << 10)), "past the last slot comes the heap");
+        assert!(!is_home(&pool.alloc(512 << 10)), "past the last slot comes the heap");
         let window = all[0].slice(100..200);
         drop(all);
-        let most: Vec<Buf> = (0..31).map(|_| pool.alloc(200 << 10)).collect();
-        assert!(!is_home(&pool.alloc(200 << 10)), "a window holds its slot");
+        let most: Vec<Buf> = (0..15).map(|_| pool.alloc(400 << 10)).collect();
+        assert!(!is_home(&pool.alloc(400 << 10)), "a window holds its slot");
         drop(window);
-        assert!(is_home(&pool.alloc(200 << 10)));
+        assert!(is_home(&pool.alloc(400 << 10)));
         drop(most);
     }
 
@@ -394,15 +394,15 @@ mod tests {
     #[should_panic(expected = "after its return")]
     fn who_writes_to_what_was_given_back_is_found() {
         let pool = Pool::new(|_, _| false);
-        let all: Vec<Buf> = (0..32).map(|_| pool.alloc(256 << 10)).collect();
+        let all: Vec<Buf> = (0..16).map(|_| pool.alloc(512 << 10)).collect();
         let late = all[7].as_ptr();
         drop(all);
-        let all: Vec<Buf> = (0..32).map(|_| pool.alloc(256 << 10)).collect();
+        let all: Vec<Buf> = (0..16).map(|_| pool.alloc(512 << 10)).collect();
         assert!(all.iter().all(is_home), "nothing was written");
         drop(all);
         // SAFETY: the pool, and with it the slot, is still there.
         unsafe { late.add(100).write(1) };
-        let _all: Vec<Buf> = (0..32).map(|_| pool.alloc(256 << 10)).collect();
+        let _all: Vec<Buf> = (0..16).map(|_| pool.alloc(512 << 10)).collect();
     }
 
     #[test]

@@ -199,12 +199,12 @@ impl Ring {
                 // A bug in one is not to end the thread: see `Tasks::run`.
                 let _ = catch_unwind(AssertUnwindSafe(|| job(self)));
             }
-            inner.tasks.run();
+            let all = inner.tasks.run();
             if stopping && inner.tasks.len() == 0 && inner.ops.borrow().is_empty() {
                 return Ok(());
             }
             self.arm_mail()?;
-            let idle = inner.inbox.may_sleep();
+            let idle = all && inner.inbox.may_sleep();
             if idle && let Some(habit) = inner.polling.wanted(inner.disk_ops.get()) {
                 self.enter(0)?;
                 habit.look(|| {

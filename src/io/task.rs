@@ -16,12 +16,16 @@ use std::{
         atomic::{AtomicBool, AtomicU64, Ordering},
     },
     task::{Context, Poll, Wake, Waker},
+    time::{Duration, Instant},
 };
 
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use slab::Slab;
 
 use super::ring::Ring;
+
+/// How long tasks run before the kernel is asked what has come meanwhile: somebody may wait for that.
+const TURN: Duration = Duration::from_micros(100);
 
 /// What runs on a thread: made elsewhere, started there.
 pub(super) type Job = Box<dyn FnOnce(&Ring) + Send>;
@@ -167,9 +171,12 @@ impl Tasks {
         (std::mem::take(&mut mail.jobs), std::mem::take(&mut mail.stop))
     }
 
-    /// Runs every task that is queued, and those that they wake.
-    pub(super) fn run(&self) {
-        while let Some(index) = LOCAL.with_borrow_mut(|(_, queue)| queue.pop_front()) {
+    /// Runs tasks that are queued, and those that they wake, for a [`TURN`]: whether none is left.
+    pub(super) fn run(&self) -> bool {
+        let start = Instant::now();
+        while start.elapsed() < TURN {
+            let next = LOCAL.with_borrow_mut(|(_, queue)| queue.pop_front());
+            let Some(index) = next else { return true };
             let Some((waker, mut future)) = self.take(index) else { continue };
             let poll = || future.as_mut().poll(&mut Context::from_waker(&waker));
             match catch_unwind(AssertUnwindSafe(poll)) {
@@ -180,6 +187,7 @@ impl Tasks {
                 Err(_) => drop(self.tasks.borrow_mut().remove(index)),
             }
         }
+        LOCAL.with_borrow(|(_, queue)| queue.is_empty())
     }
 
     fn take(&self, index: usize) -> Option<(Waker, BoxedTask)> {

@@ -10,6 +10,7 @@ mod clients;
 mod daemon;
 mod demo;
 mod ebpf;
+mod fuzz;
 mod guest;
 mod hostile;
 mod image;
@@ -79,6 +80,8 @@ enum Chore {
         #[arg(long)]
         seed: Option<u64>,
     },
+    /// Fuzzing: handshakes, requests, maps, images and what else comes from outside, mutated
+    Fuzz(fuzz::Options),
     /// Every rig, without cargo's tests
     Rigs,
     /// Figures, side by side: of the data path, or of the promotion policy
@@ -205,6 +208,7 @@ fn run(chore: Chore, only: Option<String>) -> Result<()> {
     match chore {
         Chore::Ci => return tool::hand_over(tool(place::root().join(".ci/run"), NO_ARGS)),
         Chore::Crash { seeds, seed } => return crash(seeds, seed),
+        Chore::Fuzz(options) => return fuzz::run(&options),
         Chore::BuildEbpf => return ebpf::build().map(drop),
         Chore::Bench(options) if options.counts_only() => return bench::run(&options),
         _ => setup::run(&mut report),
@@ -213,6 +217,7 @@ fn run(chore: Chore, only: Option<String>) -> Result<()> {
         Chore::Setup
         | Chore::Ci
         | Chore::Crash { .. }
+        | Chore::Fuzz(_)
         | Chore::BuildEbpf
         | Chore::Inside
         | Chore::SlowDisk { .. } => {}

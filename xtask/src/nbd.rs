@@ -85,6 +85,11 @@ impl Client {
         Ok(client)
     }
 
+    /// The connection, to say anything by it.
+    pub fn stream(&mut self) -> &mut UnixStream {
+        &mut self.stream
+    }
+
     /// The size of the export, in bytes.
     pub fn size(&self) -> u64 {
         self.size

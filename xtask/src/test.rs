@@ -14,8 +14,8 @@ use crate::report::{Report, say};
 use crate::subject::Against;
 use crate::tool::tool;
 use crate::{
-    chaos, clients, demo, ebpf, guest, hostile, kill, metrics, packaging, place, probes, promotion,
-    savings, scale, sick, soak, survive, tls, vm,
+    chaos, clients, demo, ebpf, fuzz, guest, hostile, kill, metrics, packaging, place, probes,
+    promotion, savings, scale, sick, soak, survive, tls, vm,
 };
 
 /// How long cargo may build and test, on two slow processors.
@@ -25,6 +25,7 @@ const CARGO: Duration = Duration::from_secs(35 * 60);
 const CHURN: u64 = 8;
 const CHAOS: Duration = Duration::from_secs(50);
 const SOAK: Duration = Duration::from_secs(30);
+const FUZZ: Duration = Duration::from_secs(120);
 
 /// Everything.
 pub fn run(report: &mut Report) -> Result<()> {
@@ -51,6 +52,7 @@ pub fn run(report: &mut Report) -> Result<()> {
     }
     report.add("cargo test", passed, failed, ignored);
     ensure!(passed + failed > 0, "cargo test ran nothing");
+    fuzz::check(FUZZ, report);
     let program = place::Profile::Debug.underlay();
     if !program.exists() {
         report.broken("rigs", &anyhow::anyhow!("{} was not built", program.display()));

@@ -10,7 +10,7 @@ pub mod context;
 pub mod handshake;
 mod options;
 mod reception;
-mod reserve;
+pub mod reserve;
 pub mod server;
 pub mod session;
 pub mod task;

@@ -35,8 +35,8 @@ use outbox::{Outbox, Parcel, Parts};
 
 use super::{
     context::{Context, Contexts},
-    reserve::Share,
-    task::{Durability, Refusal, Task, Terms},
+    reserve::{LOAN, OWN, Share},
+    task::{Chunks, Durability, Refusal, Task, Terms},
     wire::{Answer, Command, Headers, MAX_PAYLOAD, Place, REQUEST_HEADER, Request, error},
 };
 use crate::{
@@ -47,9 +47,10 @@ use crate::{
     },
     error::{Error, Kind, Result},
     io::{
-        Buf, Ring,
+        Buf, Io, Ring,
         batch::{Batch, Part},
         signal::Signal,
+        yield_now,
     },
 };
 
@@ -61,6 +62,13 @@ const FILTER: usize = 8 + 4 * Context::ALL.len();
 
 /// What one BLOCK_STATUS looks at, in bytes, at most: clients ask again from where an answer ends.
 const STATUS: u64 = 1 << 40;
+
+/// What is served of one session, in bytes, before others have their turn: what needs no waiting could keep a
+/// thread busy for long.
+const TURN: usize = 128 << 10;
+
+/// What a request without data counts as, in bytes.
+const LEAST: usize = 4 << 10;
 
 /// Why a session ended.
 #[derive(Debug)]
@@ -92,6 +100,7 @@ pub async fn serve<D: Device<Ring>>(
         requests: Cell::new(0),
         share,
         credit: Signal::new(),
+        served: Cell::new(0),
         queue: RefCell::default(),
         idle: RefCell::default(),
         workers: Cell::new(0),
@@ -130,6 +139,8 @@ struct Session<D> {
     share: Share,
     /// Told when what is in memory gets less.
     credit: Signal,
+    /// Bytes served since others had their turn.
+    served: Cell<usize>,
     /// Requests that wait for a worker.
     queue: RefCell<VecDeque<Work>>,
     /// Workers that wait for a request, the last to finish first.
@@ -144,7 +155,7 @@ struct Session<D> {
 struct Work {
     answer: Answer,
     task: Task,
-    /// The data of a write.
+    /// The data of a write; memory for a read that is answered in one piece.
     data: Option<Buf>,
     /// Bytes of credit it holds.
     bytes: usize,
@@ -199,25 +210,45 @@ impl<D: Device<Ring>> Session<D> {
             Ok(task) => task,
             Err(Refusal { error, message }) => {
                 input.skip(payload).await?;
-                self.take_credit(0).await;
+                self.credit.wait(|| self.has_credit(0)).await;
                 let part = failure(answer, request.command, error, message);
                 self.send(None, Parcel { part, credit: Some(0), window: None });
                 return Ok(());
             }
         };
+        let (bytes, data) = self.room_for(task).await;
+        if let Task::Write { offset, len, durability } = task {
+            return self.receive(answer, (offset, len, durability), bytes, input).await;
+        }
+        let arrived = Instant::now();
+        self.hand_over(Work { answer, task, data, bytes, arrived, whole: None });
+        Ok(())
+    }
+
+    /// Takes the credit for a task: how much, and the memory if it is for a read in one piece.
+    async fn room_for(&self, task: Task) -> (usize, Option<Buf>) {
         let bytes = match task {
+            Task::Read { len, chunks: Chunks::One, .. } if len as usize <= OWN + LOAN => {
+                // Only until its first byte is sent an error can be told: it waits for room for all of it,
+                // unless that is for others to make.
+                let (len, granted) = (len as usize, Cell::new(false));
+                let wait = || {
+                    granted.set(self.has_credit(len));
+                    granted.get() || self.requests.get() == 0
+                };
+                self.credit.wait(wait).await;
+                if granted.get() {
+                    return (len, Some(self.ring.alloc(len)));
+                }
+                credit_for(len as u32)
+            }
             Task::Read { len, .. } | Task::Write { len, .. } => credit_for(len),
             // What the answer may take, of two words each.
             Task::BlockStatus { contexts, limit, .. } => contexts.len() * limit * 16,
             _ => 0,
         };
-        self.take_credit(bytes).await;
-        if let Task::Write { offset, len, durability } = task {
-            return self.receive(answer, (offset, len, durability), bytes, input).await;
-        }
-        let arrived = Instant::now();
-        self.hand_over(Work { answer, task, data: None, bytes, arrived, whole: None });
-        Ok(())
+        self.credit.wait(|| self.has_credit(bytes)).await;
+        (bytes, None)
     }
 
     /// Gives a worker something to do.
@@ -234,10 +265,11 @@ impl<D: Device<Ring>> Session<D> {
         }
     }
 
-    async fn take_credit(&self, bytes: usize) {
-        let take = || self.requests.get() < MAX_REQUESTS && self.share.take(bytes);
-        self.credit.wait(take).await;
-        self.requests.set(self.requests.get() + 1);
+    /// Takes the credit for a request, if it can be had now.
+    fn has_credit(&self, bytes: usize) -> bool {
+        let has = self.requests.get() < MAX_REQUESTS && self.share.take(bytes);
+        self.requests.set(self.requests.get() + usize::from(has));
+        has
     }
 
     fn give_credit(&self, requests: usize, bytes: usize) {
@@ -263,6 +295,11 @@ impl<D: Device<Ring>> Session<D> {
             }
             let part = served.unwrap_or_else(|error| self.failed(answer, task, &error, &parts));
             self.send(parts.as_ref(), Parcel { part, credit: Some(bytes), window: None });
+            self.served.set(self.served.get() + bytes.max(LEAST));
+            if self.served.get() >= TURN {
+                self.served.set(0);
+                yield_now().await;
+            }
         }
     }
 
@@ -322,6 +359,9 @@ impl<D: Device<Ring>> Session<D> {
     ) -> Result<Part> {
         let (device, ring) = (&*self.device, &self.ring);
         let durability = match (task, data) {
+            (Task::Read { offset, len, chunks: Chunks::One }, Some(data)) => {
+                return self.read_whole(answer, offset, len, data).await;
+            }
             (Task::Read { offset, len, chunks }, _) => {
                 return self.read(answer, (offset, len, chunks), parts).await;
             }

@@ -4,6 +4,7 @@
 //! every contestant, in an order that rotates, and what counts is the median of the ratios within a
 //! round.
 
+mod beside;
 mod nbd;
 mod policy;
 mod probes;
@@ -27,7 +28,8 @@ pub struct Options {
     /// Rounds; the median of them is what counts
     #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..=50))]
     rounds: u32,
-    /// How long each load is measured, in seconds; 4 for nbd, 3 for probes, 0.5 for ublk otherwise
+    /// How long each load is measured, in seconds; 4 for nbd, 1 for beside, 3 for probes, 0.5 for ublk
+    /// otherwise
     #[arg(long, value_parser = seconds)]
     seconds: Option<f64>,
     /// Only loads whose name contains this; of ublk also "counts"
@@ -49,6 +51,8 @@ pub struct Options {
 enum Area {
     /// Reads and writes over NBD: against the raw file, qemu-nbd, nbdkit
     Nbd,
+    /// What an NBD client has beside another that does what it should not, or all it can
+    Beside,
     /// Kernel block devices, in a guest: against loop, dm-snapshot, kernel NBD; and what a request costs
     Ublk,
     /// What the promotion policy saves and writes: against LRU, LARC, S3-FIFO, Belady (counts, not times)
@@ -61,6 +65,7 @@ impl Options {
     fn seconds(&self) -> f64 {
         self.seconds.unwrap_or(match self.area {
             Area::Nbd => 4.0,
+            Area::Beside => 1.0,
             Area::Ublk | Area::Policy => 0.5,
             Area::Probes => 3.0,
         })
@@ -81,6 +86,7 @@ fn seconds(text: &str) -> Result<f64, String> {
 pub fn run(options: &Options) -> Result<()> {
     say(&match options.area {
         Area::Nbd => nbd::run(&Lab::open()?, options)?,
+        Area::Beside => beside::run(&Lab::open()?, options)?,
         Area::Ublk => ublk::run(&Lab::open()?, options)?,
         Area::Policy => return policy::run(options),
         Area::Probes => probes::run(&Lab::open()?, options)?,

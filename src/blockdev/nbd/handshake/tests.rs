@@ -1,7 +1,6 @@
 //! Invariants checked: replies are those of the protocol's text, byte for byte; input and output stay
-//! within their bounds. `mutations` has those that hold whatever the bytes are.
-
-mod mutations;
+//! within their bounds; how the input is cut makes no difference. What holds whatever the bytes are,
+//! `tests/fuzz` has.
 
 use super::*;
 use crate::blockdev::nbd::{Context, wire::flag};
@@ -500,4 +499,18 @@ fn real_clients_get_what_they_need() {
         }
     }
     assert_eq!(transmitting, 7);
+}
+
+#[test]
+fn cuts_make_no_difference() {
+    for (name, input) in recorded() {
+        let input = [&input[..], b"and a request"].concat();
+        let once = serve(&input, || usize::MAX);
+        for cut in 1..input.len() {
+            let mut pieces = [cut, usize::MAX].into_iter().cycle();
+            let twice = serve(&input, || pieces.next().unwrap_or(1));
+            assert_eq!(twice, once, "{name} cut at {cut}");
+            assert_eq!(serve(&input, || cut), once, "{name} in pieces of {cut}");
+        }
+    }
 }

@@ -28,7 +28,7 @@ use crate::{
         },
     },
     error::{Error, Result},
-    io::{Buf, Io, Ring, batch::Part},
+    io::{Buf, Io, Ring, batch::Part, yield_now},
 };
 
 /// Bytes that are moved at once.
@@ -74,7 +74,22 @@ fn pieces(offset: u64, len: u32) -> impl Iterator<Item = (u64, u32)> {
 }
 
 impl<D: Device<Ring>> Session<D> {
-    /// Reads what a READ asks for, and sends all parts of the reply but the last, which it returns. Parts that
+    /// Reads what a READ asks for into the memory that it has.
+    pub(super) async fn read_whole(
+        &self,
+        answer: Answer,
+        offset: u64,
+        len: u32,
+        data: Buf,
+    ) -> Result<Part> {
+        if self.is_hole(answer, offset, len) {
+            return Ok(Part::new(&answer.hole(Place::Last, offset, len), None));
+        }
+        self.device.read(&self.ring, offset, data.clone()).await?;
+        Ok(Part::new(&answer.data(Place::Last, offset, len), Some(data)))
+    }
+
+    /// Reads what a READ asks for, piece by piece, and sends all parts of the reply but the last, which it returns. Parts that
     /// nothing may come between are in `parts` from the first on.
     pub(super) async fn read(
         &self,
@@ -116,6 +131,7 @@ impl<D: Device<Ring>> Session<D> {
                 *parts = Some(self.outbox.borrow_mut().begin());
             }
             self.send(parts.as_ref(), Parcel { part, credit: None, window: Some(window.clone()) });
+            yield_now().await;
         }
     }
 
