@@ -24,7 +24,7 @@ use std::{
     process::exit,
     sync::{
         Mutex,
-        atomic::{AtomicU64, Ordering},
+        atomic::{AtomicBool, AtomicU64, Ordering},
     },
     thread,
     time::{Duration, Instant},
@@ -108,21 +108,21 @@ fn run(target: &Target, options: &Options, time: Duration) {
     let name = target.name;
     let mut one = (target.start)();
     let mut cases = Rng::with_seed(options.seed);
-    let (begun, started, mut count) = (AtomicU64::new(0), Instant::now(), 0);
+    let (started, mut count) = (Instant::now(), 0);
     let now = || started.elapsed().as_millis() as u64;
-    let current = AtomicU64::new(0);
-    let over = AtomicU64::new(0);
+    // The case that runs, and since when.
+    let (current, since, over) = (AtomicU64::new(0), AtomicU64::new(0), AtomicBool::new(false));
     thread::scope(|scope| {
         scope.spawn(|| {
-            while over.load(Ordering::Relaxed) == 0 {
-                thread::park_timeout(Duration::from_millis(200));
-                let case = current.load(Ordering::Relaxed);
-                if now().saturating_sub(begun.load(Ordering::Relaxed)) > HANG.as_millis() as u64 {
+            while !over.load(Ordering::Relaxed) {
+                thread::sleep(Duration::from_millis(100));
+                let (case, since) =
+                    (current.load(Ordering::Relaxed), since.load(Ordering::Relaxed));
+                if now().saturating_sub(since) > HANG.as_millis() as u64 {
                     fail(&format!("fuzz {name}: case {case} hangs"));
                 }
-                if let Some(memory) = memory()
-                    && memory > MEMORY
-                {
+                let memory = memory();
+                if memory > MEMORY {
                     fail(&format!(
                         "fuzz {name}: {} MiB, at case {case} or another's",
                         memory >> 20
@@ -133,26 +133,26 @@ fn run(target: &Target, options: &Options, time: Duration) {
         while started.elapsed() < time || count == 0 {
             let case = options.case.unwrap_or_else(|| cases.u64(..));
             current.store(case, Ordering::Relaxed);
-            begun.store(now(), Ordering::Relaxed);
+            since.store(now(), Ordering::Relaxed);
             let mut rng = Rng::with_seed(case);
             if catch_unwind(AssertUnwindSafe(|| one(&mut rng))).is_err() {
-                fail(&format!(
-                    "fuzz {name}: case {case} failed: cargo xtask fuzz {name} --case {case}"
-                ));
+                let again = format!("cargo xtask fuzz {name} --case {case}");
+                fail(&format!("fuzz {name}: case {case} failed: {again}"));
             }
             count += 1;
             if options.case.is_some() {
                 break;
             }
         }
-        over.store(1, Ordering::Relaxed);
+        over.store(true, Ordering::Relaxed);
     });
     println!("fuzz {name}: {count} cases in {:.1} s", started.elapsed().as_secs_f64());
 }
 
-fn memory() -> Option<u64> {
-    let pages = fs::read_to_string("/proc/self/statm").ok()?;
-    Some(pages.split(' ').nth(1)?.parse::<u64>().ok()? * 4096)
+/// Bytes that this process has in memory.
+fn memory() -> u64 {
+    let pages = fs::read_to_string("/proc/self/statm").unwrap();
+    pages.split(' ').nth(1).unwrap().parse::<u64>().unwrap() * 4096
 }
 
 /// Ends the process, whatever its other threads do.

@@ -58,6 +58,9 @@ fn load(rng: &mut Rng, table: &[u8]) {
     if rng.u8(..8) == 0 {
         mutate(rng, &mut bytes, &[table.to_vec()], 64 << 10);
     }
+    if rng.u8(..6) != 0 {
+        seal_table(&mut bytes);
+    }
     let file: File = tempfile().unwrap();
     { &file }.write_all(&bytes).unwrap();
     match ChunkTable::load(&file, "a table") {
@@ -72,6 +75,26 @@ fn load(rng: &mut Rng, table: &[u8]) {
             assert!(matches!(error.kind(), Kind::Corrupt | Kind::Unsupported), "{error}");
             assert!(error.to_string().contains("a table"), "{error}");
         }
+    }
+}
+
+/// Gives a table the checksums that it needs: `docs/chunk-table.md`.
+fn seal_table(bytes: &mut [u8]) {
+    let (mut stored, mut sums) = (0_u64, crc32fast::Hasher::new());
+    for (number, page) in bytes.chunks_exact_mut(PAGE).skip(1).enumerate() {
+        if page.iter().any(|byte| *byte != 0) {
+            let crc = crc32fast::hash(&page[4..]);
+            page[..4].copy_from_slice(&crc.to_le_bytes());
+            sums.update(&(number as u64).to_le_bytes());
+            sums.update(&page[..4]);
+            stored += 1;
+        }
+    }
+    if let Some(header) = bytes.get_mut(..PAGE) {
+        header[72..80].copy_from_slice(&stored.to_le_bytes());
+        header[80..84].copy_from_slice(&sums.finalize().to_le_bytes());
+        let crc = crc32fast::hash(&header[..PAGE - 4]);
+        header[PAGE - 4..].copy_from_slice(&crc.to_le_bytes());
     }
 }
 

@@ -11,7 +11,8 @@ use crate::tool::{self, Tool, tool};
 /// What to fuzz, and how long.
 #[derive(clap::Args)]
 pub struct Options {
-    /// Only these: handshake, session, overlay, image, stored
+    /// Only these
+    #[arg(value_parser = ["handshake", "session", "overlay", "image", "stored"])]
     targets: Vec<String>,
     /// For how long, all of them together
     #[arg(long, default_value_t = 10)]
