@@ -10,7 +10,7 @@ use underlay::{
     },
 };
 
-use crate::mutator::mutate;
+use crate::{Case, mutator::mutate};
 
 /// Bytes of input at most.
 const MOST: usize = 64 << 10;
@@ -29,7 +29,7 @@ struct Told {
     used: usize,
 }
 
-pub fn start() -> Box<dyn FnMut(&mut Rng)> {
+pub fn start() -> Case {
     let originals = recorded();
     Box::new(move |rng| {
         let mut input = reordered(rng, &originals);

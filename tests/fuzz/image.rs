@@ -17,14 +17,17 @@ use underlay::{
     },
 };
 
-use crate::mutator::{mutate, scribble};
+use crate::{
+    Case,
+    mutator::{mutate, scribble},
+};
 
 /// Bytes of the images that are spoilt.
 const SIZE: usize = 1 << 20;
 /// Bytes of one that is served: a larger claim is fine if it holds little.
 const CLUSTER: usize = 64 << 10;
 
-pub fn start() -> Box<dyn FnMut(&mut Rng)> {
+pub fn start() -> Case {
     let originals = originals();
     Box::new(move |rng| {
         let mut bytes = originals[rng.usize(..originals.len())].clone();

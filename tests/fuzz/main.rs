@@ -32,11 +32,14 @@ use std::{
 
 use fastrand::Rng;
 
+/// Does one case, of the generator's.
+type Case = Box<dyn FnMut(&mut Rng)>;
+
 /// Something that takes bytes from whoever.
 struct Target {
     name: &'static str,
-    /// What is done once, and gives a function of one case.
-    start: fn() -> Box<dyn FnMut(&mut Rng)>,
+    /// What is done once before all cases.
+    start: fn() -> Case,
 }
 
 const TARGETS: [Target; 5] = [

@@ -14,7 +14,7 @@ use underlay::{
 };
 use uuid::Uuid;
 
-use crate::mutator::scribble;
+use crate::{Case, mutator::scribble};
 
 const ID: Uuid = Uuid::from_u128(42);
 const BLOCK: u64 = 4096;
@@ -70,7 +70,7 @@ fn worn() -> Worn {
     Worn { data, map: sim.peek(map), sim }
 }
 
-pub fn start() -> Box<dyn FnMut(&mut Rng)> {
+pub fn start() -> Case {
     let worn = worn();
     let used: Vec<usize> = (0..worn.map.len() / PAGE)
         .filter(|page| worn.map[page * PAGE..][..PAGE].iter().any(|byte| *byte != 0))

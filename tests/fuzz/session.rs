@@ -24,7 +24,10 @@ use underlay::{
     io::{Buf, Ring, Rings, yield_now},
 };
 
-use crate::mutator::{mutate, number};
+use crate::{
+    Case,
+    mutator::{mutate, number},
+};
 
 /// Bytes of the device.
 const SIZE: u64 = 10 << 20;
@@ -131,7 +134,7 @@ struct Asked {
     len: u64,
 }
 
-pub fn start() -> Box<dyn FnMut(&mut Rng)> {
+pub fn start() -> Case {
     let rings = Rings::start(1, Duration::ZERO).unwrap();
     Box::new(move |rng| case(&rings, rng))
 }

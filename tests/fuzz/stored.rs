@@ -18,7 +18,10 @@ use underlay::{
     units::{CHUNK, Chunk},
 };
 
-use crate::mutator::{mutate, scribble};
+use crate::{
+    Case,
+    mutator::{mutate, scribble},
+};
 
 const PAGE: usize = 4096;
 /// Bytes of the image of the table: two pages of sums.
@@ -27,7 +30,7 @@ const SIZE: u64 = 100 * CHUNK + 512;
 const HEADER: usize = 512;
 const PIECE: usize = 32;
 
-pub fn start() -> Box<dyn FnMut(&mut Rng)> {
+pub fn start() -> Case {
     let (table, parcels) = (table(), [parcel(true), parcel(false)]);
     Box::new(move |rng| match rng.bool() {
         true => load(rng, &table),

@@ -29,13 +29,13 @@ mod data;
 mod input;
 mod outbox;
 
-use data::{Whole, credit_for};
+use data::Whole;
 use input::Input;
 use outbox::{Outbox, Parcel, Parts};
 
 use super::{
     context::{Context, Contexts},
-    reserve::{LOAN, OWN, Share},
+    reserve::Share,
     task::{Chunks, Durability, Refusal, Task, Terms},
     wire::{Answer, Command, Headers, MAX_PAYLOAD, Place, REQUEST_HEADER, Request, error},
 };
@@ -47,7 +47,7 @@ use crate::{
     },
     error::{Error, Kind, Result},
     io::{
-        Buf, Io, Ring,
+        Buf, Ring,
         batch::{Batch, Part},
         signal::Signal,
         yield_now,
@@ -210,7 +210,7 @@ impl<D: Device<Ring>> Session<D> {
             Ok(task) => task,
             Err(Refusal { error, message }) => {
                 input.skip(payload).await?;
-                self.credit.wait(|| self.has_credit(0)).await;
+                self.credit.wait(|| self.take_credit(0)).await;
                 let part = failure(answer, request.command, error, message);
                 self.send(None, Parcel { part, credit: Some(0), window: None });
                 return Ok(());
@@ -223,32 +223,6 @@ impl<D: Device<Ring>> Session<D> {
         let arrived = Instant::now();
         self.hand_over(Work { answer, task, data, bytes, arrived, whole: None });
         Ok(())
-    }
-
-    /// Takes the credit for a task: how much, and the memory if it is for a read in one piece.
-    async fn room_for(&self, task: Task) -> (usize, Option<Buf>) {
-        let bytes = match task {
-            Task::Read { len, chunks: Chunks::One, .. } if len as usize <= OWN + LOAN => {
-                // Only until its first byte is sent an error can be told: it waits for room for all of it,
-                // unless that is for others to make.
-                let (len, granted) = (len as usize, Cell::new(false));
-                let wait = || {
-                    granted.set(self.has_credit(len));
-                    granted.get() || self.requests.get() == 0
-                };
-                self.credit.wait(wait).await;
-                if granted.get() {
-                    return (len, Some(self.ring.alloc(len)));
-                }
-                credit_for(len as u32)
-            }
-            Task::Read { len, .. } | Task::Write { len, .. } => credit_for(len),
-            // What the answer may take, of two words each.
-            Task::BlockStatus { contexts, limit, .. } => contexts.len() * limit * 16,
-            _ => 0,
-        };
-        self.credit.wait(|| self.has_credit(bytes)).await;
-        (bytes, None)
     }
 
     /// Gives a worker something to do.
@@ -266,7 +240,7 @@ impl<D: Device<Ring>> Session<D> {
     }
 
     /// Takes the credit for a request, if it can be had now.
-    fn has_credit(&self, bytes: usize) -> bool {
+    fn take_credit(&self, bytes: usize) -> bool {
         let has = self.requests.get() < MAX_REQUESTS && self.share.take(bytes);
         self.requests.set(self.requests.get() + usize::from(has));
         has

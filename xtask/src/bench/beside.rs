@@ -175,7 +175,7 @@ fn writes(socket: &Path) -> Result<()> {
     let mut client = Client::open(socket, "replica/vm")?;
     let (start, data) = (Instant::now(), vec![7; 1 << 20]);
     for index in 0.. {
-        client.write(index % 64 << 20, &data, FUA)?;
+        client.write((index % 64) << 20, &data, FUA)?;
         if start.elapsed() >= BOUT {
             break;
         }

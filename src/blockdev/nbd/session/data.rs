@@ -22,7 +22,7 @@ use crate::{
     blockdev::{
         Device, Extent, Grain, Holder,
         nbd::{
-            reserve::OWN,
+            reserve::{LOAN, OWN},
             task::{Chunks, Durability, Task},
             wire::{Answer, Headers, Place},
         },
@@ -43,7 +43,7 @@ const _: () = assert!(WINDOW * PIECE as usize <= OWN, "every request fits what a
 const HOLE: u32 = 64 << 10;
 
 /// Bytes of credit for a request of so much data.
-pub(super) fn credit_for(len: u32) -> usize {
+fn credit_for(len: u32) -> usize {
     (len as usize).min(WINDOW * PIECE as usize)
 }
 
@@ -74,6 +74,32 @@ fn pieces(offset: u64, len: u32) -> impl Iterator<Item = (u64, u32)> {
 }
 
 impl<D: Device<Ring>> Session<D> {
+    /// Takes the credit for a task: how much, and the memory if it is for a read in one piece.
+    pub(super) async fn room_for(&self, task: Task) -> (usize, Option<Buf>) {
+        let bytes = match task {
+            Task::Read { len, chunks: Chunks::One, .. } if len as usize <= OWN + LOAN => {
+                // Only until its first byte is sent an error can be told: it waits for room for all of it,
+                // unless that is for others to make.
+                let (len, granted) = (len as usize, Cell::new(false));
+                let wait = || {
+                    granted.set(self.take_credit(len));
+                    granted.get() || self.requests.get() == 0
+                };
+                self.credit.wait(wait).await;
+                if granted.get() {
+                    return (len, Some(self.ring.alloc(len)));
+                }
+                credit_for(len as u32)
+            }
+            Task::Read { len, .. } | Task::Write { len, .. } => credit_for(len),
+            // What the answer may take, of two words each.
+            Task::BlockStatus { contexts, limit, .. } => contexts.len() * limit * 16,
+            _ => 0,
+        };
+        self.credit.wait(|| self.take_credit(bytes)).await;
+        (bytes, None)
+    }
+
     /// Reads what a READ asks for into the memory that it has.
     pub(super) async fn read_whole(
         &self,
@@ -89,8 +115,8 @@ impl<D: Device<Ring>> Session<D> {
         Ok(Part::new(&answer.data(Place::Last, offset, len), Some(data)))
     }
 
-    /// Reads what a READ asks for, piece by piece, and sends all parts of the reply but the last, which it returns. Parts that
-    /// nothing may come between are in `parts` from the first on.
+    /// Reads what a READ asks for, piece by piece, and sends all parts of the reply but the last, which it
+    /// returns. Parts that nothing may come between are in `parts` from the first on.
     pub(super) async fn read(
         &self,
         answer: Answer,
