@@ -3,7 +3,7 @@
 //! Three kinds of tasks share a session: the reader parses every request that a receive
 //! brought; workers, started as they are needed and used again, serve one request each at a time;
 //! the sender puts every reply that is ready into one vectored send. In steady state a request costs
-//! no allocation, no lock and no system call of its own. What is long goes [piece by piece](data).
+//! no allocation, no lock and no system call of its own. What is long goes piece by piece (`data`).
 //!
 //! Invariants:
 //! - A request holds credit from its header on until its reply is sent: at most
