@@ -393,7 +393,8 @@ impl Settlement {
     }
 }
 
-/// What is to be done about interrupted moves, as far as the disks that are there can tell. Pure.
+/// What is to be done about interrupted moves, as far as the disks that are there can tell. Pure. Those that ended
+/// come first: what they left may be where another, back again, was to go.
 pub(crate) fn unsettled(view: &View) -> Vec<Settlement> {
     let marked = view.replicas.values().chain(&view.spares);
     let judged = marked.filter_map(|found| {
@@ -406,7 +407,9 @@ pub(crate) fn unsettled(view: &View) -> Vec<Settlement> {
         let counts = chosen.disk == found.disk;
         (counts && lacks_it).then_some(Settlement::Revert { id, disk: found.disk })
     });
-    judged.collect()
+    let mut all: Vec<Settlement> = judged.collect();
+    all.sort_by_key(|settlement| matches!(settlement, Settlement::Revert { .. }));
+    all
 }
 
 /// Refuses a replica that may have moved to a disk that isn't there.

@@ -186,6 +186,40 @@ fn a_disk_is_drained_and_undrained_by_several_at_once() {
 }
 
 #[test]
+fn what_one_move_left_is_cleared_before_another_back_is_given_up() {
+    let (bench, node) = Bench::with(&["a", "b"]);
+    import(&node, Some("a"), "debian", &[7; 8192]).unwrap();
+    let id = create(&node, "vm1", "debian", "a").unwrap().id.to_string();
+    let dir = |disk: &str| bench.path(disk).join("underlay/replicas").join(&id);
+    let left = bench.temp.path().join("left");
+    let copy = |from: &Path, to: &Path| {
+        fs::create_dir(to).unwrap();
+        for entry in fs::read_dir(from).unwrap().map(|entry| entry.unwrap()) {
+            fs::copy(entry.path(), to.join(entry.file_name())).unwrap();
+        }
+    };
+    copy(&dir("a"), &left);
+    migrate(&node, "vm1", "b").unwrap();
+    let ids = ["a", "b"].map(|disk| bench.add(&node, disk).unwrap().id.to_string());
+    drop(node);
+    // As if the first move could not end, and one back was stopped when it was prepared.
+    copy(&left, &dir("a"));
+    for (disk, to) in [("a", &ids[1]), ("b", &ids[0])] {
+        let path = dir(disk).join("replica.json");
+        let mut record: serde_json::Value =
+            serde_json::from_slice(&fs::read(&path).unwrap()).unwrap();
+        record["moving_to"] = to.as_str().into();
+        fs::write(&path, serde_json::to_vec(&record).unwrap()).unwrap();
+    }
+    let node = bench.open();
+    let status = node.replica(&name("vm1")).unwrap();
+    assert_eq!((status.state, status.disk), (ReplicaState::Ready, name("b")));
+    assert!(!dir("a").exists());
+    assert_eq!(node.fsck(Repair::Report).unwrap().problems, []);
+    migrate(&node, "vm1", "a").unwrap();
+}
+
+#[test]
 fn what_cannot_move_is_refused_and_leaves_nothing() {
     let (bench, node) = Bench::with(&["a", "b"]);
     bench.add_pool(&node, "pool");
