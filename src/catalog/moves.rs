@@ -96,6 +96,11 @@ impl Node {
                 Ok((wants, (id, found.record.name.clone(), from, to)))
             })?;
         from.check_writable().and_then(|()| to.check_writable()).map_err(within)?;
+        if to.replicas.stat(id.to_string()).map_err(within)?.is_some() {
+            let what = format!("disk {to_name} still has what an earlier move left of it");
+            let remedy = ": `underlay fsck --repair` clears that";
+            return Err(within(Error::new(Kind::Unavailable, what + remedy)));
+        }
         let (bytes, free) = (taken(&from, id), to.home.space().map_err(within)?.free);
         if free < bytes {
             let what = format!("it takes {bytes} bytes, and {free} are free on disk {to_name}");

@@ -201,9 +201,12 @@ fn what_one_move_left_is_cleared_before_another_back_is_given_up() {
     copy(&dir("a"), &left);
     migrate(&node, "vm1", "b").unwrap();
     let ids = ["a", "b"].map(|disk| bench.add(&node, disk).unwrap().id.to_string());
-    drop(node);
-    // As if the first move could not end, and one back was stopped when it was prepared.
+    // As if the first move could not end.
     copy(&left, &dir("a"));
+    let error = migrate(&node, "vm1", "a").unwrap_err();
+    assert!(error.to_string().contains("fsck --repair"), "{error}");
+    drop(node);
+    // And as if one back had been stopped when it was prepared.
     for (disk, to) in [("a", &ids[1]), ("b", &ids[0])] {
         let path = dir(disk).join("replica.json");
         let mut record: serde_json::Value =
