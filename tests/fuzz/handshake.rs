@@ -31,6 +31,7 @@ struct Told {
 
 pub fn start() -> Case {
     let originals = recorded();
+    let (mut cases, mut transmitted, mut closed) = (0, 0, 0);
     Box::new(move |rng| {
         let mut input = reordered(rng, &originals);
         for _ in 0..rng.usize(..3) {
@@ -46,6 +47,11 @@ pub fn start() -> Case {
             "{tail}"
         );
         assert!(once.output.len() <= 18 + 134 + answered.len() * 5000);
+        cases += 1;
+        transmitted += usize::from(matches!(once.end, Some(Ok(_))));
+        closed += usize::from(matches!(once.end, Some(Err(_))));
+        let mixed = transmitted > cases / 10 && closed > cases / 10;
+        assert!(cases % 10_000 > 0 || mixed, "of {cases}: {transmitted} and {closed}");
     })
 }
 

@@ -77,3 +77,10 @@ pub fn scribble(rng: &mut Rng, bytes: &mut [u8]) {
         }
     }
 }
+
+/// Makes the checksum right that `bytes` have of themselves, its own four bytes taken as zeros.
+pub fn checksum(bytes: &mut [u8], at: usize) {
+    bytes[at..at + 4].fill(0);
+    let crc = crc32fast::hash(bytes);
+    bytes[at..at + 4].copy_from_slice(&crc.to_le_bytes());
+}

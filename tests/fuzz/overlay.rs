@@ -14,7 +14,10 @@ use underlay::{
 };
 use uuid::Uuid;
 
-use crate::{Case, mutator::scribble};
+use crate::{
+    Case,
+    mutator::{checksum, scribble},
+};
 
 const ID: Uuid = Uuid::from_u128(42);
 const BLOCK: u64 = 4096;
@@ -144,11 +147,6 @@ fn use_it(sim: &Sim, overlay: &Overlay<Sim>, rng: &mut Rng) {
 
 /// Gives a page the checksums that it needs: `docs/FORMAT.md`.
 fn seal(number: usize, page: &mut [u8]) {
-    let checksum = |bytes: &mut [u8], at: usize| {
-        bytes[at..at + 4].fill(0);
-        let crc = crc32fast::hash(bytes);
-        bytes[at..at + 4].copy_from_slice(&crc.to_le_bytes());
-    };
     let layout = format::Layout { records: 4 };
     if number < 2 {
         page.chunks_mut(512).for_each(|copy| checksum(copy, 12));

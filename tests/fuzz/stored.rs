@@ -20,7 +20,7 @@ use underlay::{
 
 use crate::{
     Case,
-    mutator::{mutate, scribble},
+    mutator::{checksum, mutate, scribble},
 };
 
 const PAGE: usize = 4096;
@@ -155,11 +155,6 @@ fn refused(error: &underlay::Error) {
 
 /// Gives the header and the first piece the checksums that they need.
 fn seal(bytes: &mut [u8]) {
-    let checksum = |bytes: &mut [u8], at: usize| {
-        bytes[at..at + 4].fill(0);
-        let crc = crc32fast::hash(bytes);
-        bytes[at..at + 4].copy_from_slice(&crc.to_le_bytes());
-    };
     if let Some(header) = bytes.get_mut(..HEADER) {
         checksum(header, 12);
     }

@@ -30,12 +30,12 @@ const SIMPLE_REPLY: u32 = 0x6744_6698;
 
 /// The server acknowledges this request only when it is on stable storage.
 pub const FUA: u16 = 1;
-const READ: u16 = 0;
-const WRITE: u16 = 1;
-const DISCONNECT: u16 = 2;
-const FLUSH: u16 = 3;
-const TRIM: u16 = 4;
-const WRITE_ZEROES: u16 = 6;
+pub const READ: u16 = 0;
+pub const WRITE: u16 = 1;
+pub const DISCONNECT: u16 = 2;
+pub const FLUSH: u16 = 3;
+pub const TRIM: u16 = 4;
+pub const WRITE_ZEROES: u16 = 6;
 
 /// EPERM in the protocol's words.
 pub const EPERM: u32 = 1;
@@ -69,6 +69,18 @@ impl From<Failure> for anyhow::Error {
             Failure::Lost(error) => error,
         }
     }
+}
+
+/// A request's header, of the shorter kind.
+pub fn request(command: u16, flags: u16, cookie: u64, offset: u64, len: u32) -> Vec<u8> {
+    let mut header = Vec::with_capacity(28);
+    header.extend(REQUEST.to_be_bytes());
+    header.extend(flags.to_be_bytes());
+    header.extend(command.to_be_bytes());
+    header.extend(cookie.to_be_bytes());
+    header.extend(offset.to_be_bytes());
+    header.extend(len.to_be_bytes());
+    header
 }
 
 impl Client {
@@ -151,13 +163,7 @@ impl Client {
         data: &[u8],
     ) -> Result<u32> {
         self.cookie += 1;
-        let mut message = Vec::with_capacity(28 + data.len());
-        message.extend(REQUEST.to_be_bytes());
-        message.extend(flags.to_be_bytes());
-        message.extend(command.to_be_bytes());
-        message.extend(self.cookie.to_be_bytes());
-        message.extend(offset.to_be_bytes());
-        message.extend(u32::try_from(len)?.to_be_bytes());
+        let mut message = request(command, flags, self.cookie, offset, u32::try_from(len)?);
         message.extend(data);
         self.stream.write_all(&message).context("sending a request")?;
         ensure!(self.u32()? == SIMPLE_REPLY, "not a simple reply");

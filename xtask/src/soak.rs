@@ -25,7 +25,7 @@ use fastrand::Rng;
 use crate::chaos::model::{Content, SECTOR, ZEROS, fill, number};
 use crate::daemon::{Control, Daemon};
 use crate::lab::Lab;
-use crate::nbd::Client;
+use crate::nbd::{Client, DISCONNECT, FLUSH, FUA, READ, TRIM, WRITE, WRITE_ZEROES};
 use crate::pattern;
 use crate::place::Profile;
 use crate::report::Report;
@@ -46,14 +46,6 @@ const PATIENCE: Duration = Duration::from_secs(60);
 const LOOK: Duration = Duration::from_millis(500);
 /// What memory may grow by from the second third of the time to the last, in bytes: allocators keep some.
 const SLACK: u64 = 12 << 20;
-
-const READ: u16 = 0;
-const WRITE: u16 = 1;
-const DISCONNECT: u16 = 2;
-const FLUSH: u16 = 3;
-const TRIM: u16 = 4;
-const WRITE_ZEROES: u16 = 6;
-const FUA: u16 = 1;
 
 /// Runs the rig, with so many clients for so long.
 pub fn run(lab: &Lab, clients: usize, time: Duration, seed: u64, report: &mut Report) {

@@ -17,7 +17,7 @@ use anyhow::{Context, Result};
 use super::{Options, machine, median};
 use crate::daemon::Daemon;
 use crate::lab::Lab;
-use crate::nbd::{Client, FUA};
+use crate::nbd::{Client, FUA, READ, request};
 use crate::pattern;
 use crate::place::Profile;
 use crate::subject::text;
@@ -25,7 +25,6 @@ use crate::subject::text;
 /// Bytes of the image: it fits the page cache, not a processor's.
 const SIZE: u64 = 256 << 20;
 const BLOCK: usize = 4096;
-const READ: u16 = 0;
 
 /// What the neighbour does, until it is over; each call once more.
 type Deed = fn(&Path) -> Result<()>;
@@ -124,23 +123,13 @@ fn reads_alike(socket: &Path) -> Result<()> {
     reads(socket, BOUT).map(drop)
 }
 
-fn request(command: u16, cookie: u64, offset: u64, len: u32) -> Vec<u8> {
-    let mut bytes = 0x2560_9513_u32.to_be_bytes().to_vec();
-    bytes.extend([0, 0]);
-    bytes.extend(command.to_be_bytes());
-    bytes.extend(cookie.to_be_bytes());
-    bytes.extend(offset.to_be_bytes());
-    bytes.extend(len.to_be_bytes());
-    bytes
-}
-
 /// Keeps 128 reads under way for a while.
 fn reads_many(socket: &Path) -> Result<()> {
     const LEN: usize = 64 << 10;
     let mut client = Client::open(socket, "image/base")?;
     let stream = client.stream();
     let offset = |cookie: u64| cookie * 7 % (SIZE / LEN as u64) * LEN as u64;
-    let ask = |cookie: u64| request(READ, cookie, offset(cookie), LEN as u32);
+    let ask = |cookie: u64| request(READ, 0, cookie, offset(cookie), LEN as u32);
     let first: Vec<u8> = (0..128).flat_map(ask).collect();
     stream.write_all(&first)?;
     let (start, mut reply, mut cookie) = (Instant::now(), vec![0; 16 + LEN], 128);
@@ -165,7 +154,7 @@ fn reads_nothing(socket: &Path) -> Result<()> {
     let mut client = Client::open(socket, "image/base")?;
     let stream = client.stream();
     for cookie in 0..100 {
-        stream.write_all(&request(READ, cookie, 0, 32 << 20))?;
+        stream.write_all(&request(READ, 0, cookie, 0, 32 << 20))?;
     }
     thread::sleep(Duration::from_millis(5));
     Ok(())
@@ -207,7 +196,7 @@ fn stalls(socket: &Path) -> Result<()> {
         stream.write_all(&[0, 0, 0])?;
         strangers.push(stream);
         let mut client = Client::open(socket, "image/base")?;
-        client.stream().write_all(&request(READ, 1, 0, 4096)[..27])?;
+        client.stream().write_all(&request(READ, 0, 1, 0, 4096)[..27])?;
         clients.push(client);
     }
     thread::sleep(4 * BOUT);
